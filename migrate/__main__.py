@@ -1,0 +1,5 @@
+"""``python -m migrate``: the command ``postcopy``."""
+
+from migrate.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""``postcopy source`` and ``postcopy destination``: run a daemon."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from migrate.cli import runtime_dir_of
+
+SOURCE_METRICS = "127.0.0.1:9641"
+DESTINATION_METRICS = "127.0.0.1:9642"
+DESTINATION_LISTEN = "127.0.0.1:7641"
+
+RuntimeDirOption = Annotated[Path | None, typer.Option(help="Where this daemon keeps its sockets (0700); POSTCOPY_RUNTIME_DIR.")]
+MetricsOption = Annotated[str, typer.Option("--metrics", help="HOST:PORT of /metrics and /healthz; `off` for none.")]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow addresses beyond loopback: nothing is encrypted or authenticated yet.")
+]
+
+
+def register(app: typer.Typer, _: typer.Typer) -> None:
+    app.command()(source)
+    app.command()(destination)
+
+
+def source(
+    runtime_dir: RuntimeDirOption = None, metrics: MetricsOption = SOURCE_METRICS, insecure: InsecureOption = False
+) -> None:
+    """Run a source daemon: guests attach to it and are moved away from it."""
+    _run("source", runtime_dir, None, metrics, insecure)
+
+
+def destination(
+    listen: Annotated[str, typer.Option(help="HOST:PORT at which sources connect.")] = DESTINATION_LISTEN,
+    runtime_dir: RuntimeDirOption = None,
+    metrics: MetricsOption = DESTINATION_METRICS,
+    insecure: InsecureOption = False,
+) -> None:
+    """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
+    _run("destination", runtime_dir, listen, metrics, insecure)
+
+
+def _run(role: str, runtime_dir: Path | None, listen: str | None, metrics: str, insecure: bool) -> None:
+    import uvloop
+
+    from migrate.daemon import Daemon
+    from migrate.network import Address
+
+    async def serve() -> None:
+        daemon = Daemon(
+            role,
+            runtime_dir or runtime_dir_of(role),
+            listen_at=Address.parse(listen) if listen else None,
+            metrics_at=None if metrics == "off" else Address.parse(metrics),
+            insecure=insecure,
+        )
+        await daemon.serve()
+
+    uvloop.run(serve())

@@ -1,0 +1,62 @@
+"""``postcopy guest workload``: run the built-in guest."""
+
+from typing import Annotated
+
+import typer
+
+from migrate.cli import DaemonOption, runtime_dir_of
+
+RatioOption = Annotated[float, typer.Option(min=0, max=1)]
+
+
+def register(_: typer.Typer, guest_app: typer.Typer) -> None:
+    guest_app.command()(workload)
+    guest_app.callback()(_guests)
+
+
+def _guests() -> None:
+    """Run a guest that attaches to a daemon."""
+
+
+def workload(
+    memory: Annotated[list[str], typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb]; repeat for several regions.")],
+    guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "workload",
+    daemon: DaemonOption = "source",
+    waiting: Annotated[bool, typer.Option("--waiting", help="Wait for a guest of this size to arrive.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="After departing, wait for the next guest.")] = False,
+    verify: Annotated[bool, typer.Option(help="Check all memory against the root once it is complete.")] = True,
+    threads: Annotated[int, typer.Option(min=1, max=64)] = 1,
+    pattern: Annotated[str, typer.Option(help="sequential, random, zipf, chase or permute.")] = "random",
+    write_ratio: RatioOption = 0.25,
+    zero_ratio: RatioOption = 0.0,
+    rate: Annotated[int, typer.Option(min=0, help="Steps a second of all threads; 0: flat out.")] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+) -> None:
+    """The built-in guest: threads that work on memory and check every page they touch."""
+    from migrate.daemon_paths import GUEST_SOCKET
+    from migrate.errors import PostcopyError
+    from migrate.guest.memory import MemorySpec
+    from migrate.guests.workload.guest import WorkloadOptions, run
+    from migrate.guests.workload.native import Pattern, WorkloadConfig
+
+    if pattern.upper() not in Pattern.__members__:
+        raise PostcopyError("pattern", expected=", ".join(p.name.lower() for p in Pattern), got=pattern, code="usage")
+    config = WorkloadConfig(
+        threads=threads,
+        pattern=Pattern[pattern.upper()],
+        write_per_mille=round(write_ratio * 1000),
+        zero_per_mille=round(zero_ratio * 1000),
+        rate_per_second=rate,
+        seed=seed,
+    )
+    run(
+        WorkloadOptions(
+            guest_id=guest_id,
+            socket_path=runtime_dir_of(daemon) / GUEST_SOCKET,
+            memory=[MemorySpec.parse(text) for text in memory],
+            waiting=waiting,
+            stay=stay,
+            verify=verify,
+            config=config,
+        )
+    )

@@ -1,0 +1,141 @@
+"""``postcopy migrate``, ``list``, ``status``, ``cancel``: what an operator does with a daemon."""
+
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, runtime_dir_of
+from migrate.client import DaemonClient
+from migrate.session import MigrationStatus
+
+POLL_SECONDS = 0.1
+LINE_SECONDS = 1.0
+
+
+def register(app: typer.Typer, _: typer.Typer) -> None:
+    app.command()(migrate)
+    app.command("list")(list_all)
+    app.command()(status)
+    app.command()(cancel)
+
+
+def migrate(
+    guest: Annotated[str, typer.Argument(help="Its id at the daemon.")],
+    to: Annotated[str, typer.Argument(help="HOST:PORT of the destination daemon.")],
+    daemon: DaemonOption = "source",
+    bulk: Annotated[bool, typer.Option(help="--no-bulk: pages cross only when the guest touches them.")] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Move a guest to another daemon, and show how it goes until it is whole there."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        begun = client.migrate(guest, to, bulk=bulk)
+        ended = _watch(client, begun, quiet=as_json)
+    typer.echo(ended.model_dump_json(indent=2) if as_json else "", nl=as_json)
+    if not as_json:
+        summary(ended)
+    raise typer.Exit(result_code(ended))
+
+
+def result_code(ended: MigrationStatus) -> int:
+    if ended.state == "complete":
+        return 0
+    return EXIT_CODES["migration-stalled" if ended.state == "stalled" else "migration-failed"]
+
+
+def line(now: MigrationStatus) -> str:
+    eta = "-" if now.eta_seconds is None else f"{now.eta_seconds:.1f} s"
+    return (
+        f"{now.state:<11} {now.pages_done}/{now.pages_total} pages  {now.bytes_per_second / 1e6:.0f} MB/s  "
+        f"{now.faults_count} faults  ETA {eta}"
+    )
+
+
+def _watch(client: DaemonClient, begun: MigrationStatus, *, quiet: bool) -> MigrationStatus:
+    """Poll until it has settled: a bar on a terminal, a line a second elsewhere, on standard error."""
+    now = begun
+    columns = (TextColumn("{task.description}"), BarColumn())
+    console = Console(stderr=True)
+    bar = Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+    with bar:
+        task = bar.add_task(line(now), total=max(now.pages_total, 1))
+        said_at = 0.0
+        while not now.settled:
+            now = client.status(begun.id, settled_within_seconds=POLL_SECONDS)
+            bar.update(task, description=line(now), completed=now.pages_done, total=max(now.pages_total, 1))
+            if not quiet and not console.is_terminal and time.monotonic() - said_at >= LINE_SECONDS:
+                said_at = time.monotonic()
+                typer.echo(line(now), err=True)
+    return now
+
+
+def seconds(value: float) -> str:
+    """With a unit that fits: 64.2 µs, 1.3 ms, 2.1 s."""
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if abs(value) < 1000 / factor:
+            return f"{value * factor:.1f} {unit}"
+    return f"{value:.2f} s"
+
+
+def summary(ended: MigrationStatus) -> None:
+    """What an operator wants to know of a migration that has settled."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("migration", f"{ended.id}: guest {ended.guest_id} to {ended.peer}")
+    table.add_row("state", ended.state)
+    if ended.error is not None:
+        table.add_row("reason", f"{ended.error.what}: expected {ended.error.expected}, got {ended.error.got}")
+    if ended.downtime_seconds is not None:
+        uncertainty = ended.downtime_uncertainty_seconds
+        note = f" (+- {seconds(uncertainty)}, clocks of two hosts)" if uncertainty else ""
+        table.add_row("downtime", seconds(ended.downtime_seconds) + note + ", as the guest saw it")
+    for kind, latency in ended.faults.items():
+        if latency.count:
+            text = f"p50 {seconds(latency.p50_seconds)}, p99 {seconds(latency.p99_seconds)}, max {seconds(latency.max_seconds)}"
+            table.add_row(f"{kind} faults", f"{latency.count}: {text}")
+    table.add_row("pages", ", ".join(f"{number} {path}" for path, number in ended.pages.items()) + f" of {ended.pages_total}")
+    table.add_row("moved", f"{ended.bytes_moved / 1e6:.1f} MB at {ended.bytes_per_second / 1e6:.0f} MB/s")
+    table.add_row("total time", seconds(ended.elapsed_seconds))
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+def list_all(daemon: DaemonOption = "source", as_json: JsonOption = False) -> None:
+    """Guests and migrations of a daemon."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        guests, migrations = client.guests(), client.migrations()
+    if as_json:
+        typer.echo(json.dumps({"guests": guests, "migrations": [m.model_dump() for m in migrations]}, indent=2))
+        return
+    console = Console(highlight=False)
+    table = Table("guest", "state", "memory", "pid")
+    for guest in guests:
+        table.add_row(guest["id"], guest["state"], guest["shape"], str(guest["pid"]))
+    console.print(table)
+    table = Table("migration", "role", "guest", "peer", "state", "pages")
+    for m in migrations:
+        table.add_row(m.id[:12], m.role, m.guest_id, m.peer, m.state, f"{m.pages_done}/{m.pages_total}")
+    console.print(table)
+
+
+MigrationArgument = Annotated[str, typer.Argument(help="Its id, or the beginning of it.")]
+
+
+def status(migration: MigrationArgument, daemon: DaemonOption = "source", as_json: JsonOption = False) -> None:
+    """One migration, as it is now."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        now = client.status(migration)
+    if as_json:
+        typer.echo(now.model_dump_json(indent=2))
+    else:
+        summary(now)
+
+
+def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_json: JsonOption = False) -> None:
+    """Cancel a migration before its switchover: the guest runs on at the source."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        now = client.cancel(migration)
+    typer.echo(now.model_dump_json(indent=2) if as_json else f"cancelled: guest {now.guest_id} runs on at the source")

@@ -1,0 +1,39 @@
+"""``postcopy demo`` and ``postcopy bench``: see it work, and measure it, on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from migrate.cli import EXIT_CODES, JsonOption
+
+
+def register(app: typer.Typer, _: typer.Typer) -> None:
+    app.command()(demo)
+    app.command()(bench)
+
+
+def demo(
+    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb].")] = "512M", as_json: JsonOption = False
+) -> None:
+    """Two daemons, a guest at work, one migration, and a guest that proves itself intact afterwards."""
+    from migrate.demo import run
+
+    run(memory, as_json=as_json)
+
+
+def bench(
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Which; all when none is named.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Print each figure beside its bound; exit 8 where one is missed.")
+    ] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A few iterations of each, to see that it runs; figures mean nothing.")
+    ] = False,
+) -> None:
+    """Measure each scenario beside a floor in bare C, interleaved in the same run."""
+    from migrate.bench import run
+
+    if not run(scenarios or [], json_path, check=check, tiny=tiny):
+        raise typer.Exit(EXIT_CODES["bound-missed"])

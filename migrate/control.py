@@ -1,0 +1,132 @@
+"""The control connection between two daemons: typed messages in order, a clear refusal, clock pings answered at once."""
+
+import asyncio
+import contextlib
+from collections import deque
+from typing import TypeVar, cast, overload
+
+from migrate.clock import ClockOffset, estimate, monotonic_ns
+from migrate.errors import ConnectionLostError, DeadlineError, PeerRefusedError
+from proto.errors import ProtocolError
+from proto.messages import ClockPing, ClockPong, Message, Refused, control_decoder, encode
+
+_M = TypeVar("_M", bound=Message)
+_N = TypeVar("_N", bound=Message)
+MESSAGES_WAITING_MAX = 64
+
+
+class ControlConnection(asyncio.Protocol):
+    """Read it from one task: ``receive`` gives the next message or raises what ended the connection."""
+
+    def __init__(self) -> None:
+        self._decoder = control_decoder()
+        self._messages: deque[tuple[Message, int]] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._transport: asyncio.Transport | None = None
+        self._error: Exception | None = None
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    # --- asyncio.Protocol -------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
+
+    def data_received(self, data: bytes) -> None:
+        received_ns = monotonic_ns()
+        try:
+            for message in self._decoder.feed(data):
+                if isinstance(message, ClockPing):
+                    self.send(ClockPong(sent_ns=message.sent_ns, peer_ns=received_ns))
+                else:
+                    self._messages.append((message, received_ns))
+            if len(self._messages) > MESSAGES_WAITING_MAX:
+                raise ProtocolError(
+                    "message-flood", "unread messages", expected=f"<= {MESSAGES_WAITING_MAX}", got=len(self._messages)
+                )
+        except ProtocolError as error:
+            self.refuse(error)
+        self._wake()
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._error is None:
+            self._error = ConnectionLostError("control connection", expected="to stay", got=str(exc or "closed by the peer"))
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._wake()
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(encode(message))
+
+    @overload
+    async def receive(self, first: type[_M], /, *, deadline_seconds: float | None = None) -> _M: ...
+    @overload
+    async def receive(self, first: type[_M], second: type[_N], /, *, deadline_seconds: float | None = None) -> _M | _N: ...
+    async def receive(self, *kinds: type[Message], deadline_seconds: float | None = None) -> Message:
+        """The next message, which must be of one of the kinds.
+
+        Raises PeerRefusedError (the peer's own words), ProtocolError ``message-unexpected``, DeadlineError,
+        ConnectionLostError.
+        """
+        message, _ = await self._next(kinds, deadline_seconds)
+        if isinstance(message, Refused):
+            raise PeerRefusedError(message.what, expected=message.expected, got=message.got, code=message.code)
+        if not isinstance(message, kinds):
+            expected = " or ".join(kind.__name__.lower() for kind in kinds)
+            raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())
+        return message
+
+    async def measure_clock(self, pings: int, deadline_seconds: float) -> ClockOffset:
+        """The peer's clock against ours; reads nothing but pongs meanwhile."""
+        trips: list[tuple[int, int, int]] = []
+        for _ in range(pings):
+            self.send(ClockPing(sent_ns=monotonic_ns()))
+            message, received_ns = await self._next((ClockPong,), deadline_seconds)
+            if not isinstance(message, ClockPong):
+                raise ProtocolError(
+                    "message-unexpected", "control message", expected="clock_pong", got=type(message).__name__.lower()
+                )
+            trips.append((message.sent_ns, message.peer_ns, received_ns))
+        return estimate(trips)
+
+    async def _next(self, kinds: tuple[type[Message], ...], deadline_seconds: float | None) -> tuple[Message, int]:
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                while not self._messages:
+                    if self._error is not None:
+                        raise self._error
+                    self._waiter = asyncio.get_running_loop().create_future()
+                    await self._waiter
+        except TimeoutError:
+            expected = " or ".join(kind.__name__.lower() for kind in kinds)
+            raise DeadlineError("peer daemon", expected=f"{expected} within {deadline_seconds} s", got="nothing") from None
+        return self._messages.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def refuse(self, error: Exception) -> None:
+        """Tell the peer why, then close; ``receive`` raises the same error here."""
+        code = getattr(error, "code", "failed")
+        what, expected, got = (str(getattr(error, name, ""))[:2000] for name in ("what", "expected", "got"))
+        self.send(Refused(code=code, what=what or str(error)[:2000], expected=expected, got=got))
+        self._error = self._error or error
+        self.close()
+
+    def fail(self, error: Exception) -> None:
+        """Something else that the migration hangs on has ended: whoever waits in ``receive`` gets the error."""
+        self._error = self._error or error
+        self._wake()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            with contextlib.suppress(RuntimeError):
+                self._transport.close()

@@ -1,0 +1,310 @@
+"""The daemon: guests that attach, migrations in both roles, the sockets. One process, one event loop.
+
+``postcopy source`` and ``postcopy destination`` are this daemon; a destination also listens for migrations. Any guest
+that runs as a whole on either can be moved away. Not handled: guests of other users (the guest socket is 0600).
+"""
+
+import asyncio
+import gc
+import hmac
+import json
+import os
+import signal
+import socket
+from collections import OrderedDict
+from pathlib import Path
+
+import structlog
+
+from migrate.config import make_private
+from migrate.control import ControlConnection
+from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
+from migrate.destination import DestinationMigration
+from migrate.errors import DeadlineError, GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError
+from migrate.guest_link import GuestLink, GuestState
+from migrate.http import HttpServers
+from migrate.metrics import Totals
+from migrate.network import Address, answer, listen, receive_preamble, require_loopback, tune
+from migrate.notify import notify
+from migrate.region import shape_of, shape_text
+from migrate.session import Migration
+from migrate.source import SourceMigration
+from migrate.switchover import Quiet
+from proto.errors import ProtocolError
+from proto.messages import Offer
+from proto.preamble import AnswerCode, ConnectionKind, Preamble
+from proto.states import CANCELLABLE, State
+
+log = structlog.get_logger("postcopy.daemon")
+ENDED_MIGRATIONS_KEPT = 64
+HALF_OPEN_MAX = 64
+PREAMBLE_DEADLINE_SECONDS = 5.0
+
+
+class Daemon:
+    """``await serve()`` runs it until SIGTERM or SIGINT."""
+
+    def __init__(
+        self, role: str, runtime_dir: Path, *, listen_at: Address | None, metrics_at: Address | None, insecure: bool
+    ) -> None:
+        self.role = role
+        self.runtime_dir = runtime_dir
+        self.guests: dict[str, GuestLink] = {}
+        self.migrations: OrderedDict[str, SourceMigration | DestinationMigration] = OrderedDict()
+        self.totals = Totals()
+        self.quiet = Quiet()
+        self.stopping = asyncio.Event()
+        self._changed = asyncio.Event()  # a migration has settled, or a signal has come
+        self._listen_at, self._metrics_at, self._insecure = listen_at, metrics_at, insecure
+        self._links: set[GuestLink] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._half_open = 0
+        self._terminations = 0
+
+    # --- guests -----------------------------------------------------------------------------------------------------
+
+    def _guest_hello(self, link: GuestLink) -> None:
+        if link.guest_id in self.guests:
+            raise GuestRefusedError(
+                "guest id", expected="one that no attached guest has", got=link.guest_id, code="guest-id-taken"
+            )
+        self.guests[link.guest_id] = link
+        log.info("guest attached", guest=link.guest_id, state=str(link.state), size_bytes=link.size_bytes, pid=link.pid)
+
+    def _guest_gone(self, link: GuestLink) -> None:
+        self._links.discard(link)
+        if self.guests.get(link.guest_id) is link:
+            del self.guests[link.guest_id]
+            log.info("guest detached", guest=link.guest_id, state=str(link.state))
+        migration = self.migration_of(link)
+        if migration is None:
+            link.release()
+        else:
+            migration.guest_gone()
+
+    def migration_of(self, link: GuestLink) -> SourceMigration | DestinationMigration | None:
+        """The migration that has not ended and that this guest is part of."""
+        return next((m for m in self.migrations.values() if m.guest is link and not m.ended), None)
+
+    def take_waiting(self, offer: Offer) -> GuestLink:
+        """A waiting guest that fits: the one of that name, else any. Raises GuestRefusedError saying why none does."""
+        waiting = [guest for guest in self.guests.values() if guest.state is GuestState.WAITING]
+        wanted = shape_of(offer.regions)
+        fitting = [guest for guest in waiting if guest.shape == wanted]
+        if fitting:
+            return next((guest for guest in fitting if guest.guest_id == offer.guest_id), fitting[0])
+        there = ", ".join(f"{guest.guest_id}: {shape_text(guest.shape)}" for guest in waiting) or "no waiting guest at all"
+        raise GuestRefusedError("waiting guest", expected=shape_text(wanted), got=there, code="no-guest-fits")
+
+    # --- migrations -------------------------------------------------------------------------------------------------
+
+    def migrate(self, guest_id: str, address: Address, *, bulk: bool = True) -> SourceMigration:
+        """Start moving a guest away. Raises NotFoundError, GuestBusyError, ListenRefusedError."""
+        guest = self.guests.get(guest_id)
+        if guest is None:
+            raise NotFoundError(f"guest {guest_id}", expected="one of " + (", ".join(self.guests) or "none"), got="no such guest")
+        if guest.state is not GuestState.RUNNING:
+            raise GuestBusyError(f"guest {guest_id}", expected="running here as a whole", got=str(guest.state))
+        if self.stopping.is_set():
+            raise GuestBusyError("this daemon", expected="to run on", got="it is ending")
+        require_loopback(address, "destination", insecure=self._insecure)
+        migration = SourceMigration(guest, address, self.quiet, self._migration_ended, bulk=bulk)
+        self._start(migration)
+        return migration
+
+    def migration(self, migration_id: str) -> SourceMigration | DestinationMigration:
+        """By id or an unambiguous beginning of it. Raises NotFoundError."""
+        found = [m for key, m in self.migrations.items() if key.startswith(migration_id)]
+        if len(found) != 1:
+            raise NotFoundError(f"migration {migration_id}", expected="one migration", got=f"{len(found)}")
+        return found[0]
+
+    def _start(self, migration: SourceMigration | DestinationMigration) -> None:
+        self.migrations[migration.id] = migration
+        migration.task = asyncio.get_running_loop().create_task(migration.run())
+        self._keep(migration.task)
+
+    def _migration_ended(self, migration: Migration) -> None:
+        assert isinstance(migration, SourceMigration | DestinationMigration)
+        self.totals.add(migration)
+        self._changed.set()
+        if migration.ended and migration.guest is not None and migration.guest.gone:
+            migration.guest.release()
+        ended = [key for key, m in self.migrations.items() if m.settled]
+        for key in ended[: max(0, len(ended) - ENDED_MIGRATIONS_KEPT)]:
+            if self.migrations[key].ended:
+                del self.migrations[key]
+
+    # --- connections ------------------------------------------------------------------------------------------------
+
+    async def _accept_peers(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, place = await loop.sock_accept(listener)
+            if self._half_open >= HALF_OPEN_MAX:
+                await answer(sock, AnswerCode.BUSY)
+                sock.close()
+                continue
+            self._half_open += 1
+            self._keep(loop.create_task(self._greet_peer(sock, str(Address(*place[:2])))))
+
+    async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
+        try:
+            tune(sock)
+            preamble = await receive_preamble(sock, PREAMBLE_DEADLINE_SECONDS)
+            if preamble.kind is ConnectionKind.CONTROL:
+                await self._greet_control(sock, preamble, peer)
+            else:
+                await self._greet_data(sock, preamble)
+        except (ProtocolError, DeadlineError, OSError) as error:
+            log.warning("connection refused", peer=peer, reason=str(error))
+            sock.close()
+        finally:
+            self._half_open -= 1
+
+    async def _greet_control(self, sock: socket.socket, preamble: Preamble, peer: str) -> None:
+        migration_id = preamble.migration_id.hex()
+        if migration_id in self.migrations or preamble.epoch != 0:
+            await answer(sock, AnswerCode.EPOCH_STALE)
+            raise ProtocolError(
+                "epoch-stale", "control connection", expected="a new migration, epoch 0", got=f"epoch {preamble.epoch}"
+            )
+        if self.stopping.is_set():
+            await answer(sock, AnswerCode.BUSY)
+            raise ProtocolError("busy", "control connection", expected="none while this daemon is ending", got=migration_id)
+        await answer(sock, AnswerCode.WELCOME)
+        _, control = await asyncio.get_running_loop().connect_accepted_socket(ControlConnection, sock)
+        self._start(
+            DestinationMigration(preamble.migration_id, peer, control, self.take_waiting, self.quiet, self._migration_ended)
+        )
+
+    async def _greet_data(self, sock: socket.socket, preamble: Preamble) -> None:
+        migration = self.migrations.get(preamble.migration_id.hex())
+        if not isinstance(migration, DestinationMigration) or migration.ended:
+            code, got = AnswerCode.MIGRATION_UNKNOWN, preamble.migration_id.hex()
+        elif preamble.epoch != migration.epoch:
+            code, got = AnswerCode.EPOCH_STALE, str(preamble.epoch)
+        elif not hmac.compare_digest(preamble.token, migration.token):
+            code, got = AnswerCode.TOKEN_WRONG, "another token"
+        elif preamble.stream_index != 0 or not migration.expects(preamble.kind):
+            code, got = AnswerCode.KIND_UNEXPECTED, preamble.kind.name.lower()
+        else:
+            await answer(sock, AnswerCode.WELCOME)
+            migration.attach(preamble.kind, sock)
+            return
+        await answer(sock, code)
+        name = code.name.lower().replace("_", "-")
+        raise ProtocolError(name, "data connection", expected="urgent or bulk of a migration that waits for it", got=got)
+
+    async def _accept_guests(self, listener: socket.socket) -> None:
+        while True:
+            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            self._links.add(GuestLink(sock, self._guest_hello, self._guest_gone))
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        loop = asyncio.get_running_loop()
+        make_private(self.runtime_dir)
+        info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
+        guests = unix_listener(self.runtime_dir / GUEST_SOCKET)
+        self._keep(loop.create_task(self._accept_guests(guests)))
+        if self._listen_at is not None:
+            require_loopback(self._listen_at, "migration", insecure=self._insecure)
+            listener = listen(self._listen_at)
+            info["migration_address"] = str(Address(*listener.getsockname()[:2]))
+            self._keep(loop.create_task(self._accept_peers(listener)))
+        http = HttpServers(self)
+        await http.start_api(unix_listener(self.runtime_dir / API_SOCKET))
+        if self._metrics_at is not None:
+            require_loopback(self._metrics_at, "metrics", insecure=self._insecure)
+            metrics = listen(self._metrics_at)
+            info["metrics_address"] = str(Address(*metrics.getsockname()[:2]))
+            await http.start_metrics(metrics)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._terminate)
+        gc.collect()
+        gc.freeze()
+        write_info(self.runtime_dir / INFO_FILE, info)
+        notify("READY=1")
+        log.info("ready", runtime_dir=str(self.runtime_dir), **info)
+        try:
+            await self.stopping.wait()
+            await self._settle()
+        finally:
+            await http.stop()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for link in list(self._links):
+                link.close()
+            for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):
+                (self.runtime_dir / name).unlink(missing_ok=True)
+            log.info("ended")
+
+    def _terminate(self) -> None:
+        self._terminations += 1
+        self.stopping.set()
+        self._changed.set()
+        if self._terminations > 1:
+            log.warning("ending now: guests in postcopy stall until a daemon takes them back")
+
+    async def _settle(self) -> None:
+        """What has not switched over is cancelled; a guest in postcopy is not abandoned: wait for its pages, and say so."""
+        notify("STOPPING=1")
+        for migration in list(self.migrations.values()):
+            if isinstance(migration, SourceMigration) and migration.state in CANCELLABLE:
+                migration.cancel("the daemon is ending")
+        said: list[str] = []
+        while self._terminations < 2:
+            self._changed.clear()
+            waiting = [
+                m.guest_id for m in self.migrations.values() if m.state in (State.SWITCHOVER, State.POSTCOPY, State.STALLED)
+            ]
+            if not waiting:
+                return
+            if waiting != said:
+                status = f"waiting for guests in postcopy: {', '.join(waiting)}"
+                notify(f"STATUS={status}")
+                log.warning(status, hint="a second SIGTERM ends at once; their missing pages then stay at the source")
+                said = waiting
+            await self._changed.wait()
+
+    def _keep(self, task: asyncio.Task[None]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("internal error", exc_info=task.exception())
+
+
+def unix_listener(path: Path) -> socket.socket:
+    """A 0600 socket in our 0700 directory. Raises ListenRefusedError when a daemon already answers there."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)
+    else:
+        sock.close()
+        raise ListenRefusedError(f"socket {path}", expected="no other daemon", got="one answers: choose another --runtime-dir")
+    sock.close()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    mask = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        raise ListenRefusedError(f"socket {path}", expected="a path of at most 107 bytes that can be made", got=error) from error
+    finally:
+        os.umask(mask)
+    sock.listen(64)
+    sock.setblocking(False)
+    return sock
+
+
+def write_info(path: Path, info: dict[str, object]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(info) + "\n")
+    part.rename(path)

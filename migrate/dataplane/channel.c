@@ -1,0 +1,71 @@
+/* See channel.h. */
+#include "channel.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+
+#include "result.h"
+
+static ssize_t moved_or_failed(ssize_t moved_bytes, const char *where, struct loop_result *result)
+{
+    if (moved_bytes >= 0)
+        return moved_bytes;
+    if (errno == EAGAIN || errno == EINTR)
+        return 0;
+    result_fail(result, errno == EPIPE || errno == ECONNRESET ? LOOP_PEER_CLOSED : LOOP_CONNECTION_FAILED, errno, where);
+    return -1;
+}
+
+ssize_t channel_receive(struct channel *channel, void *buffer, size_t capacity_bytes, struct loop_result *result)
+{
+    ssize_t received_bytes = recv(channel->socket, buffer, capacity_bytes, MSG_DONTWAIT);
+    if (received_bytes == 0) {
+        result_fail(result, LOOP_PEER_CLOSED, 0, "recv");
+        return -1;
+    }
+    return moved_or_failed(received_bytes, "recv", result);
+}
+
+ssize_t channel_send(struct channel *channel, const void *bytes, size_t size_bytes, struct loop_result *result)
+{
+    return moved_or_failed(send(channel->socket, bytes, size_bytes, MSG_DONTWAIT | MSG_NOSIGNAL), "send", result);
+}
+
+bool wait_ready(int fd, short events, int stop_fd, struct loop_result *result)
+{
+    struct pollfd polled[2] = {{.fd = fd, .events = events}, {.fd = stop_fd, .events = POLLIN}};
+    for (;;) {
+        if (poll(polled, 2, -1) < 0) {
+            if (errno == EINTR)
+                continue;
+            return result_fail(result, LOOP_CONNECTION_FAILED, errno, "poll");
+        }
+        if (polled[1].revents)
+            return result_fail(result, LOOP_STOPPED, 0, "poll");
+        if (polled[0].revents) /* an error shows in the call that follows */
+            return true;
+    }
+}
+
+bool channel_send_all(struct channel *channel, struct iovec *pieces, int piece_count, int stop_fd, struct loop_result *result)
+{
+    while (piece_count > 0) {
+        struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)piece_count};
+        ssize_t sent_bytes = moved_or_failed(sendmsg(channel->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL), "sendmsg", result);
+        if (sent_bytes < 0)
+            return false;
+        if (sent_bytes == 0 && !wait_ready(channel->socket, POLLOUT, stop_fd, result))
+            return false;
+        size_t left_bytes = (size_t)sent_bytes;
+        while (piece_count > 0 && left_bytes >= pieces->iov_len) {
+            left_bytes -= pieces->iov_len;
+            pieces++;
+            piece_count--;
+        }
+        if (piece_count > 0) {
+            pieces->iov_base = (char *)pieces->iov_base + left_bytes;
+            pieces->iov_len -= left_bytes;
+        }
+    }
+    return true;
+}

@@ -1,0 +1,26 @@
+/* One connection as the loops see it. Plain TCP here; another transport puts itself behind these calls. */
+#ifndef POSTCOPY_CHANNEL_H
+#define POSTCOPY_CHANNEL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include "dataplane.h"
+
+struct channel {
+    int socket; /* borrowed */
+};
+
+/* Never waits. Bytes received, 0 when nothing is there now, -1 with result set when the connection ended or failed. */
+ssize_t channel_receive(struct channel *channel, void *buffer, size_t capacity_bytes, struct loop_result *result);
+/* Never waits. Bytes taken (perhaps 0), -1 with result set. */
+ssize_t channel_send(struct channel *channel, const void *bytes, size_t size_bytes, struct loop_result *result);
+/* Sends all of it, waiting as long as the peer needs or until stop_fd is readable. False: result says why not. */
+bool channel_send_all(struct channel *channel, struct iovec *pieces, int piece_count, int stop_fd, struct loop_result *result);
+
+/* Wait until fd is ready for events. True: it is. False: stop_fd became readable (LOOP_STOPPED) or poll failed. */
+bool wait_ready(int fd, short events, int stop_fd, struct loop_result *result);
+
+#endif

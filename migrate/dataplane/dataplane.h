@@ -1,0 +1,131 @@
+/* The whole C interface of the data plane. Python reaches it through cdef.txt, the C test main directly.
+ *
+ * A `destination` or a `source` is one migration's half. Its loops are plain blocking functions, each meant for a
+ * thread of its own, and run until *_stop() or until they end by themselves with a typed loop_result. All figures are
+ * atomics inside and may be read at any time from any thread. Nothing here knows of Python; nothing logs.
+ *
+ * Ownership: descriptors stay the caller's and must outlive the object; create allocates, destroy frees and must only
+ * be called when every loop has returned. */
+#ifndef POSTCOPY_DATAPLANE_H
+#define POSTCOPY_DATAPLANE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "histogram.h"
+
+#define REGIONS_MAX 64
+
+/* One contiguous range of guest memory with one page size. */
+struct memory_region {
+    uint64_t guest_address; /* where the guest maps it; unused at the source */
+    uint64_t size_bytes;
+    uint64_t offset_bytes; /* into the memory file */
+    uint32_t page_bytes;   /* 4096 or 2 MiB here */
+    int32_t memory_fd;     /* memfd, tmpfs or hugetlbfs file */
+};
+
+enum loop_reason {
+    LOOP_STOPPED = 0,           /* told to */
+    LOOP_FINISHED = 1,          /* nothing is left to do (stream: every page has been sent) */
+    LOOP_PEER_CLOSED = 2,       /* the connection ended in order, between two frames or inside one */
+    LOOP_CONNECTION_FAILED = 3, /* error_number from the socket */
+    LOOP_FRAME_INVALID = 4,     /* field, expected, got (enum frame_field) */
+    LOOP_PAGE_UNASKED = 5,      /* a page on the urgent connection that was not requested */
+    LOOP_PAGE_DUPLICATE = 6,    /* a page for the second time on bulk */
+    LOOP_MEMORY_FAILED = 7,     /* error_number: the guest's memory file cannot be read or filled */
+    LOOP_USERFAULTFD_FAILED = 8,/* error_number */
+    LOOP_GUEST_GONE = 9,        /* the guest process has ended */
+    LOOP_INCOMPLETE = 10,       /* destination_finish: page_index is not final */
+};
+
+struct loop_result {
+    int32_t reason; /* enum loop_reason */
+    int32_t error_number;
+    uint32_t field;  /* enum frame_field */
+    uint32_t region; /* of the frame or page at fault */
+    uint64_t page_index;
+    uint64_t expected;
+    uint64_t got;
+    char where[32]; /* the call that failed */
+};
+
+enum fault_kind {
+    FAULT_REMOTE = 0, /* the source had to be asked */
+    FAULT_LOCAL = 1,  /* the content was here */
+    FAULT_ZERO = 2,   /* known to be zero */
+};
+#define FAULT_KINDS 3
+
+/* --- destination ------------------------------------------------------------------------------------------------- */
+
+#define DESTINATION_COUNTERS(X)                                             \
+    X(faults_remote) X(faults_local) X(faults_zero)                         \
+    X(pages_urgent) X(pages_bulk)   /* placed, with content */              \
+    X(pages_zero)                   /* told to be zero, by either path */   \
+    X(pages_dropped)                /* came late: another copy was placed */ \
+    X(bytes_urgent) X(bytes_bulk)   /* received, headers included */        \
+    X(pages_final)                  /* present, mapped or zero */           \
+    X(requests_sent) X(requests_outstanding)                                \
+    X(wakes)                        /* EEXIST: mapped already, woken */     \
+    X(faults_untimed)               /* more waiting than the table holds */
+
+#define X(name) uint64_t name;
+struct destination_figures {
+    DESTINATION_COUNTERS(X)
+    uint64_t pages_total;
+};
+#undef X
+
+struct destination;
+
+/* NULL with *error_number set: EINVAL (a region not of whole pages, or overlapping), ENOMEM, or mmap's errno. */
+struct destination *destination_create(const struct memory_region *regions, uint32_t region_count, int userfaultfd, int *error_number);
+void destination_destroy(struct destination *destination);
+void destination_stop(struct destination *destination);
+/* Readable once every page is final. */
+int destination_final_fd(const struct destination *destination);
+
+void fault_loop(struct destination *destination, int urgent_socket, struct loop_result *result);
+void receive_loop(struct destination *destination, int bulk_socket, struct loop_result *result);
+
+/* After the loops: check that every page is final, map what is only PRESENT, unregister. LOOP_FINISHED, or what is wrong;
+ * on LOOP_INCOMPLETE nothing was unregistered (promise P3). */
+void destination_finish(struct destination *destination, struct loop_result *result);
+
+void destination_read(const struct destination *destination, struct destination_figures *figures);
+void destination_latency(const struct destination *destination, uint32_t fault_kind, struct histogram_copy *copy);
+uint8_t destination_page_state(const struct destination *destination, uint32_t region, uint64_t page_index);
+
+/* --- source ------------------------------------------------------------------------------------------------------ */
+
+#define SOURCE_COUNTERS(X)                                     \
+    X(requests)                                                \
+    X(pages_urgent) X(pages_bulk) X(pages_zero_urgent) X(pages_zero_bulk) \
+    X(bytes_urgent) X(bytes_bulk) /* sent, headers included */ \
+    X(pages_sent)                 /* distinct pages, by any path */ \
+    X(steers)                     /* times bulk went on from a fault */
+
+#define X(name) uint64_t name;
+struct source_figures {
+    SOURCE_COUNTERS(X)
+    uint64_t pages_total;
+};
+#undef X
+
+struct source;
+
+struct source *source_create(const struct memory_region *regions, uint32_t region_count, int *error_number);
+void source_destroy(struct source *source);
+void source_stop(struct source *source);
+/* The guest is paused for good: its memory is final. Until then serve_loop answers nothing (promise P2). */
+void source_open(struct source *source);
+/* Let stream_loop begin. */
+void source_open_bulk(struct source *source);
+
+void serve_loop(struct source *source, int urgent_socket, struct loop_result *result);
+void stream_loop(struct source *source, int bulk_socket, struct loop_result *result);
+
+void source_read(const struct source *source, struct source_figures *figures);
+
+#endif

@@ -1,0 +1,269 @@
+/* The way of a page at the destination, once its bytes are here: claim it, bring it into place, PRESENT, CONTINUE.
+ *
+ * P1: a page is written only under its claim, and PRESENT is stored (release) before the CONTINUE is issued.
+ * P3: nothing is unregistered before every page is final, which destination_finish checks page by page.
+ * A claim is never held across a wait for the network: only whole pages come here (inbox.c).
+ * Runs of 4 KiB pages are claimed and mapped 32 at a time: long enough that CONTINUE costs its range price (250 ns a page,
+ * against 544 alone), short enough that a fault on a claimed page waits tens of microseconds at most. */
+#include "destination.h"
+
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "resolve.h"
+#include "result.h"
+
+#define RUN_BYTES (128u << 10)
+
+struct destination *destination_create(const struct memory_region *regions, uint32_t region_count, int userfaultfd, int *error_number)
+{
+    struct destination *destination = calloc(1, sizeof(*destination));
+    if (!destination) {
+        *error_number = ENOMEM;
+        return NULL;
+    }
+    destination->userfaultfd = userfaultfd;
+    destination->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    destination->final_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    *error_number = destination->stop_fd < 0 || destination->final_fd < 0 ? errno : memory_init(&destination->memory, regions, region_count);
+    if (*error_number == 0)
+        *error_number = memory_map_aliases(&destination->memory);
+    if (*error_number == 0) {
+        destination->state = calloc(destination->memory.page_total, sizeof(*destination->state));
+        destination->copies = calloc(destination->memory.page_total, sizeof(*destination->copies));
+        if (!destination->state || !destination->copies)
+            *error_number = ENOMEM;
+    }
+    if (*error_number == 0)
+        return destination;
+    destination_destroy(destination);
+    return NULL;
+}
+
+void destination_destroy(struct destination *destination)
+{
+    memory_deinit(&destination->memory);
+    if (destination->stop_fd >= 0)
+        close(destination->stop_fd);
+    if (destination->final_fd >= 0)
+        close(destination->final_fd);
+    free((void *)destination->state);
+    free((void *)destination->copies);
+    free(destination);
+}
+
+void destination_stop(struct destination *destination)
+{
+    eventfd_write(destination->stop_fd, 1);
+}
+
+int destination_final_fd(const struct destination *destination)
+{
+    return destination->final_fd;
+}
+
+void destination_end_wait(struct destination *destination, uint64_t page, enum fault_kind kind)
+{
+    uint64_t since_ns;
+    if (waiting_take(&destination->waiting, page, &since_ns))
+        histogram_record(&destination->latency[kind], clock_monotonic_ns() - since_ns);
+}
+
+static void pages_became_final(struct destination *destination, uint64_t page_count)
+{
+    uint64_t before = atomic_fetch_add_explicit(&destination->pages_final, page_count, memory_order_acq_rel);
+    if (before + page_count == destination->memory.page_total)
+        eventfd_write(destination->final_fd, 1);
+}
+
+/* One page has come by this path: is that allowed, and is it the first time? */
+static bool note_copy(struct destination *destination, const struct region *region, uint64_t page_index, enum page_path path,
+                      struct loop_result *result)
+{
+    _Atomic uint8_t *copies = &destination->copies[region->first_page + page_index];
+    bool allowed;
+    if (path == PATH_BULK) {
+        allowed = !(atomic_fetch_or_explicit(copies, COPY_BULK, memory_order_relaxed) & COPY_BULK);
+    } else {
+        allowed = atomic_fetch_and_explicit(copies, (uint8_t)~COPY_ASKED, memory_order_relaxed) & COPY_ASKED;
+        if (allowed)
+            atomic_fetch_sub_explicit(&destination->requests_outstanding, 1, memory_order_relaxed);
+    }
+    if (allowed)
+        return true;
+    result_fail(result, path == PATH_BULK ? LOOP_PAGE_DUPLICATE : LOOP_PAGE_UNASKED, 0, "frame");
+    result->region = (uint32_t)(region - destination->memory.regions);
+    result->page_index = page_index;
+    return false;
+}
+
+static bool resolution_failed(const struct resolution *resolution, const char *where, struct loop_result *result)
+{
+    if (resolution->outcome == RESOLVE_GONE)
+        return result_fail(result, LOOP_GUEST_GONE, resolution->error_number, where);
+    return result_fail(result, LOOP_USERFAULTFD_FAILED, resolution->error_number, where);
+}
+
+bool destination_map_zero(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result)
+{
+    struct resolution resolution = resolve_zero(destination->userfaultfd, region, page_index);
+    if (resolution.outcome != RESOLVE_MAPPED && resolution.outcome != RESOLVE_ALREADY)
+        return resolution_failed(&resolution, "zero page", result);
+    count(&destination->wakes, resolution.wakes);
+    page_mapped(&destination->state[region->first_page + page_index], PAGE_ZERO);
+    return true;
+}
+
+bool destination_map_present(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                             struct loop_result *result)
+{
+    while (page_count > 0) {
+        struct resolution resolution = resolve_continue(destination->userfaultfd, region, page_index, page_count);
+        count(&destination->wakes, resolution.wakes);
+        for (uint64_t i = 0; i < resolution.pages_done; i++)
+            page_mapped(&destination->state[region->first_page + page_index + i], PAGE_PRESENT);
+        page_index += resolution.pages_done;
+        page_count -= resolution.pages_done;
+        if (page_count == 0)
+            return true;
+        if (resolution.outcome != RESOLVE_HOLE)
+            return resolution_failed(&resolution, "UFFDIO_CONTINUE", result);
+        /* A hole where content was placed: the guest has punched it since; what it then reads is zero. */
+        resolution = resolve_zero(destination->userfaultfd, region, page_index);
+        if (resolution.outcome != RESOLVE_MAPPED && resolution.outcome != RESOLVE_ALREADY)
+            return resolution_failed(&resolution, "zero page", result);
+        page_mapped(&destination->state[region->first_page + page_index], PAGE_PRESENT);
+        page_index++;
+        page_count--;
+    }
+    return true;
+}
+
+/* Pages [first, first + count) are claimed by us: write, publish, map. */
+static bool place_claimed(struct destination *destination, const struct region *region, uint64_t first, uint64_t page_count,
+                          const char *bytes, enum page_path path, struct loop_result *result)
+{
+    page_byte *state = &destination->state[region->first_page];
+    int error_number = place_pages(region, first, page_count, bytes, path);
+    if (error_number != 0) {
+        for (uint64_t i = first; i < first + page_count; i++)
+            page_leave_receiving(&state[i], PAGE_ABSENT);
+        return result_fail(result, LOOP_MEMORY_FAILED, error_number, "place");
+    }
+    uint64_t wanted = 0; /* bit i: a fault waits for page first + i; a run has at most 64 pages */
+    for (uint64_t i = 0; i < page_count; i++)
+        wanted |= (uint64_t)page_leave_receiving(&state[first + i], PAGE_PRESENT) << i;
+    if (!destination_map_present(destination, region, first, page_count, result))
+        return false;
+    for (; wanted != 0; wanted &= wanted - 1)
+        destination_end_wait(destination, region->first_page + first + (uint64_t)__builtin_ctzll(wanted), FAULT_REMOTE);
+    count(path == PATH_URGENT ? &destination->pages_urgent : &destination->pages_bulk, page_count);
+    pages_became_final(destination, page_count);
+    return true;
+}
+
+bool destination_take_pages(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                            const char *bytes, enum page_path path, struct loop_result *result)
+{
+    page_byte *state = &destination->state[region->first_page];
+    uint64_t page_bytes = region->memory.page_bytes;
+    uint64_t run_pages_max = page_bytes < RUN_BYTES ? RUN_BYTES / page_bytes : 1;
+    uint64_t end = page_index + page_count;
+    while (page_index < end) {
+        uint64_t run_pages = 0;
+        while (page_index + run_pages < end && run_pages < run_pages_max) {
+            if (!note_copy(destination, region, page_index + run_pages, path, result))
+                break;
+            if (!page_claim(&state[page_index + run_pages])) {
+                count(&destination->pages_dropped, 1);
+                break;
+            }
+            run_pages++;
+        }
+        if (run_pages > 0 && !place_claimed(destination, region, page_index, run_pages, bytes, path, result))
+            return false;
+        if (result->reason == LOOP_PAGE_UNASKED || result->reason == LOOP_PAGE_DUPLICATE)
+            return false;
+        /* A run that stopped early stopped at a page that was dropped. */
+        bool dropped = run_pages < run_pages_max && page_index + run_pages < end;
+        page_index += run_pages + dropped;
+        bytes += (run_pages + dropped) * page_bytes;
+    }
+    return true;
+}
+
+bool destination_take_zeroes(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                             enum page_path path, struct loop_result *result)
+{
+    page_byte *state = &destination->state[region->first_page];
+    for (uint64_t i = page_index; i < page_index + page_count; i++) {
+        if (!note_copy(destination, region, i, path, result))
+            return false;
+        if (!page_claim(&state[i])) {
+            count(&destination->pages_dropped, 1);
+            continue;
+        }
+        if (page_leave_receiving(&state[i], PAGE_ZERO)) {
+            if (!destination_map_zero(destination, region, i, result))
+                return false;
+            destination_end_wait(destination, region->first_page + i, FAULT_REMOTE);
+        }
+        count(&destination->pages_zero, 1);
+        pages_became_final(destination, 1);
+    }
+    return true;
+}
+
+static bool is_final(uint8_t state)
+{
+    return state == PAGE_PRESENT || state == PAGE_MAPPED || state == PAGE_ZERO;
+}
+
+void destination_finish(struct destination *destination, struct loop_result *result)
+{
+    result_reset(result);
+    for (uint32_t r = 0; r < destination->memory.region_count; r++) {
+        const struct region *region = &destination->memory.regions[r];
+        for (uint64_t i = 0; i < region->page_count; i++) {
+            uint8_t state = page_load(&destination->state[region->first_page + i]);
+            if (!is_final(state)) {
+                result_fail(result, LOOP_INCOMPLETE, 0, "finish");
+                result->region = r;
+                result->page_index = i;
+                result->got = state;
+                return;
+            }
+            if (state == PAGE_PRESENT && !destination_map_present(destination, region, i, 1, result))
+                return;
+        }
+    }
+    for (uint32_t r = 0; r < destination->memory.region_count; r++) {
+        int error_number = resolve_unregister(destination->userfaultfd, &destination->memory.regions[r]);
+        if (error_number != 0) {
+            result_fail(result, error_number == ENOENT || error_number == ESRCH ? LOOP_GUEST_GONE : LOOP_USERFAULTFD_FAILED, error_number,
+                        "UFFDIO_UNREGISTER");
+            return;
+        }
+    }
+    result->reason = LOOP_FINISHED;
+}
+
+void destination_read(const struct destination *destination, struct destination_figures *figures)
+{
+#define X(name) figures->name = atomic_load_explicit(&destination->name, memory_order_relaxed);
+    DESTINATION_COUNTERS(X)
+#undef X
+    figures->pages_total = destination->memory.page_total;
+}
+
+void destination_latency(const struct destination *destination, uint32_t fault_kind, struct histogram_copy *copy)
+{
+    histogram_read(&destination->latency[fault_kind < FAULT_KINDS ? fault_kind : FAULT_REMOTE], copy);
+}
+
+uint8_t destination_page_state(const struct destination *destination, uint32_t region, uint64_t page_index)
+{
+    return page_load(&destination->state[destination->memory.regions[region].first_page + page_index]);
+}

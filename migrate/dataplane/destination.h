@@ -1,0 +1,47 @@
+/* One migration's destination half, as its loops share it. */
+#ifndef POSTCOPY_DESTINATION_H
+#define POSTCOPY_DESTINATION_H
+
+#include "memory.h"
+#include "pages.h"
+#include "place.h"
+#include "waiting.h"
+
+/* Where a page's copies have come from, one atomic byte a page: a second copy by the same path is the peer's error. */
+#define COPY_ASKED 0x01u /* requested on the urgent connection, not answered yet (only the fault loop's thread) */
+#define COPY_BULK 0x02u  /* came by bulk */
+
+struct destination {
+    struct memory memory;
+    int userfaultfd;
+    int stop_fd;
+    int final_fd;
+    page_byte *state;
+    _Atomic uint8_t *copies;
+    struct waiting waiting;
+    struct histogram latency[FAULT_KINDS];
+#define X(name) _Atomic uint64_t name;
+    DESTINATION_COUNTERS(X)
+#undef X
+};
+
+static inline void count(_Atomic uint64_t *counter, uint64_t by)
+{
+    atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
+}
+
+/* Bring one frame's pages, or its zeroes, to where faults end. False: result says why. */
+bool destination_take_pages(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                            const char *bytes, enum page_path path, struct loop_result *result);
+bool destination_take_zeroes(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                             enum page_path path, struct loop_result *result);
+
+/* Map pages that are PRESENT (or the ZERO page at page_index) and let their faults run on. */
+bool destination_map_present(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                             struct loop_result *result);
+bool destination_map_zero(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result);
+
+/* The page's fault has been resolved: record how long it took, if it was timed. */
+void destination_end_wait(struct destination *destination, uint64_t page, enum fault_kind kind);
+
+#endif

@@ -1,0 +1,184 @@
+/* The fault loop: reads the guest's page faults and asks the source for what is not here, and takes its answers.
+ *
+ * One thread does both, since a wake-up costs more than everything else on this path: the thread that asked is the one
+ * that maps the answer. It never blocks on the network: the send is non-blocking, and what does not fit stays in a fixed
+ * buffer of request frames; beyond that it stays REQUESTED in the state bytes, which are searched when there is room again.
+ * Faults are read first whatever the network does.
+ *
+ * Not handled: events other than page faults (the agent asks for none), pages HELD by precopy, discards. */
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include "inbox.h"
+#include "kernel.h"
+#include "result.h"
+
+#define EVENTS_PER_READ 64
+#define REQUESTS_QUEUED_MAX 1024
+
+struct request_queue {
+    struct frame_header frame[REQUESTS_QUEUED_MAX];
+    size_t sent_bytes, queued_bytes; /* frame bytes [sent, queued) are still to go */
+    bool overflowed;                 /* a page is REQUESTED, not asked for, and not in here */
+};
+
+struct fault_context {
+    struct destination *destination;
+    struct inbox inbox;
+    struct request_queue queue;
+};
+
+static bool queue_request(struct fault_context *context, const struct region *region, uint64_t page_index)
+{
+    struct destination *destination = context->destination;
+    struct request_queue *queue = &context->queue;
+    if (queue->queued_bytes == sizeof(queue->frame)) {
+        queue->overflowed = true;
+        return false;
+    }
+    queue->frame[queue->queued_bytes / FRAME_HEADER_BYTES] = (struct frame_header){
+        .magic = FRAME_MAGIC,
+        .kind = FRAME_REQUEST,
+        .region = (uint32_t)(region - destination->memory.regions),
+        .page_index = page_index,
+        .length_bytes = region->memory.page_bytes,
+    };
+    queue->queued_bytes += FRAME_HEADER_BYTES;
+    atomic_fetch_or_explicit(&destination->copies[region->first_page + page_index], COPY_ASKED, memory_order_relaxed);
+    count(&destination->requests_sent, 1);
+    count(&destination->requests_outstanding, 1);
+    return true;
+}
+
+/* The queue had no room for some pages: find them in the state bytes. */
+static void queue_overflowed(struct fault_context *context)
+{
+    struct destination *destination = context->destination;
+    context->queue.overflowed = false;
+    for (uint32_t r = 0; r < destination->memory.region_count; r++) {
+        const struct region *region = &destination->memory.regions[r];
+        for (uint64_t i = 0; i < region->page_count; i++) {
+            bool requested = PAGE_STATE(page_load(&destination->state[region->first_page + i])) == PAGE_REQUESTED;
+            uint8_t copies = atomic_load_explicit(&destination->copies[region->first_page + i], memory_order_relaxed);
+            if (requested && !(copies & COPY_ASKED) && !queue_request(context, region, i))
+                return;
+        }
+    }
+}
+
+static bool send_requests(struct fault_context *context, struct loop_result *result)
+{
+    struct request_queue *queue = &context->queue;
+    while (queue->sent_bytes < queue->queued_bytes) {
+        const char *from = (const char *)queue->frame + queue->sent_bytes;
+        ssize_t sent_bytes = channel_send(&context->inbox.channel, from, queue->queued_bytes - queue->sent_bytes, result);
+        if (sent_bytes < 0)
+            return false;
+        if (sent_bytes == 0)
+            return true; /* the socket is full: poll says when it is not */
+        queue->sent_bytes += (size_t)sent_bytes;
+        if (queue->sent_bytes == queue->queued_bytes) {
+            queue->sent_bytes = queue->queued_bytes = 0;
+            if (queue->overflowed)
+                queue_overflowed(context);
+        }
+    }
+    return true;
+}
+
+static bool handle_fault(struct fault_context *context, uint64_t address, uint64_t now_ns, struct loop_result *result)
+{
+    struct destination *destination = context->destination;
+    const struct region *region = memory_at_address(&destination->memory, address);
+    if (!region) {
+        result->got = address;
+        return result_fail(result, LOOP_USERFAULTFD_FAILED, EFAULT, "fault address");
+    }
+    uint64_t page_index = (address - region->memory.guest_address) / region->memory.page_bytes;
+    uint64_t page = region->first_page + page_index;
+    if (!waiting_put(&destination->waiting, page, now_ns)) /* before WANTED is seen by whoever resolves it */
+        count(&destination->faults_untimed, 1);
+    uint8_t seen = page_want(&destination->state[page]);
+    switch (PAGE_STATE(seen)) {
+    case PAGE_ABSENT:
+        count(&destination->faults_remote, 1);
+        queue_request(context, region, page_index);
+        return true;
+    case PAGE_REQUESTED:
+    case PAGE_RECEIVING:
+        count(&destination->faults_remote, 1); /* on its way: whoever receives it resolves the fault */
+        return true;
+    case PAGE_ZERO:
+        count(&destination->faults_zero, 1);
+        if (!destination_map_zero(destination, region, page_index, result))
+            return false;
+        destination_end_wait(destination, page, FAULT_ZERO);
+        return true;
+    case PAGE_PRESENT: /* received a moment ago, or */
+    case PAGE_MAPPED:  /* mapped before and dropped since: swap, MADV_DONTNEED, another thread's fault */
+        count(&destination->faults_local, 1);
+        if (!destination_map_present(destination, region, page_index, 1, result))
+            return false;
+        destination_end_wait(destination, page, FAULT_LOCAL);
+        return true;
+    default:
+        result->got = seen;
+        return result_fail(result, LOOP_USERFAULTFD_FAILED, EPROTO, "page state");
+    }
+}
+
+static bool read_faults(struct fault_context *context, struct loop_result *result)
+{
+    struct uffd_msg message[EVENTS_PER_READ];
+    ssize_t read_bytes = read(context->destination->userfaultfd, message, sizeof(message));
+    if (read_bytes < 0)
+        return errno == EAGAIN || errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "read userfaultfd");
+    if (read_bytes == 0)
+        return result_fail(result, LOOP_GUEST_GONE, 0, "read userfaultfd");
+    uint64_t now_ns = clock_monotonic_ns();
+    for (size_t i = 0; i < (size_t)read_bytes / sizeof(message[0]); i++)
+        if (message[i].event == UFFD_EVENT_PAGEFAULT && !handle_fault(context, message[i].arg.pagefault.address, now_ns, result))
+            return false;
+    return true;
+}
+
+static bool fault_round(struct fault_context *context, struct loop_result *result)
+{
+    struct destination *destination = context->destination;
+    bool sending = context->queue.sent_bytes < context->queue.queued_bytes;
+    struct pollfd polled[3] = {
+        {.fd = destination->userfaultfd, .events = POLLIN},
+        {.fd = context->inbox.channel.socket, .events = (short)(POLLIN | (sending ? POLLOUT : 0))},
+        {.fd = destination->stop_fd, .events = POLLIN},
+    };
+    if (poll(polled, 3, -1) < 0)
+        return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
+    if (polled[2].revents)
+        return result_fail(result, LOOP_STOPPED, 0, "poll");
+    if (polled[0].revents & POLLERR) /* a blocking userfaultfd: somebody cleared O_NONBLOCK on a duplicate */
+        return result_fail(result, LOOP_USERFAULTFD_FAILED, EBADFD, "poll userfaultfd");
+    if ((polled[0].revents & POLLHUP) && !(polled[0].revents & POLLIN))
+        return result_fail(result, LOOP_GUEST_GONE, 0, "poll userfaultfd");
+    if ((polled[0].revents & POLLIN) && !read_faults(context, result))
+        return false;
+    if (!send_requests(context, result))
+        return false;
+    if (polled[1].revents & ~POLLOUT)
+        return inbox_take(&context->inbox, destination, result);
+    return true;
+}
+
+void fault_loop(struct destination *destination, int urgent_socket, struct loop_result *result)
+{
+    result_reset(result);
+    struct fault_context context = {.destination = destination};
+    int error_number = inbox_init(&context.inbox, destination, urgent_socket, PATH_URGENT);
+    if (error_number != 0) {
+        result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
+        return;
+    }
+    while (fault_round(&context, result))
+        ;
+    inbox_deinit(&context.inbox);
+}

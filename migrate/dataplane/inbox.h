@@ -1,0 +1,27 @@
+/* Frames of one connection at the destination: bytes in, whole pages out. Serves the urgent and the bulk connection. */
+#ifndef POSTCOPY_INBOX_H
+#define POSTCOPY_INBOX_H
+
+#include "channel.h"
+#include "destination.h"
+#include "frame.h"
+
+struct inbox {
+    struct channel channel;
+    enum page_path path;
+    char *buffer; /* the hot buffer: bytes wait here until their page is whole */
+    size_t capacity_bytes;
+    size_t start, end;         /* what is in it */
+    struct frame_header frame; /* whose payload is being read */
+    uint64_t next_page_index;
+    uint64_t payload_bytes_left; /* of that frame; 0: a header comes next */
+};
+
+/* 0 or an errno. */
+int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path);
+void inbox_deinit(struct inbox *inbox);
+
+/* Receive what is there and take every whole page of it. False: result says why not. */
+bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result);
+
+#endif

@@ -1,0 +1,81 @@
+/* The state of a page at the destination: one byte, atomic, and the only moves it may make.
+ *
+ *   ABSENT -> REQUESTED -> RECEIVING -> PRESENT -> MAPPED        RECEIVING -> ZERO -> MAPPED (touched)
+ *
+ * Every change is a compare-and-swap or an exchange, never a plain store. RECEIVING is a claim: only who made that
+ * change writes the page (P1), and PRESENT, MAPPED, ZERO refuse every write. The WANTED bit says that a fault waits;
+ * whoever leaves RECEIVING and finds it set resolves the page at once. */
+#ifndef POSTCOPY_PAGES_H
+#define POSTCOPY_PAGES_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum page_state {
+    PAGE_ABSENT = 0,
+    PAGE_REQUESTED = 1,
+    PAGE_RECEIVING = 2,
+    PAGE_PRESENT = 3,
+    PAGE_MAPPED = 4,
+    PAGE_HELD = 5,      /* reserved for precopy: here, not known final */
+    PAGE_HELD_ZERO = 6, /* reserved for precopy */
+    PAGE_ZERO = 7,
+    PAGE_REMOVED = 8, /* reserved: discarded by the guest */
+    PAGE_LOST = 9,    /* reserved: poisoned */
+};
+#define PAGE_WANTED 0x80u
+#define PAGE_STATE(byte) ((byte) & 0x0fu)
+
+typedef _Atomic uint8_t page_byte;
+
+static inline uint8_t page_load(const page_byte *page)
+{
+    return atomic_load_explicit(page, memory_order_acquire);
+}
+
+/* Claim the page for writing. False: somebody else has or had it, drop the bytes. Acquire: what the last owner did is seen. */
+static inline bool page_claim(page_byte *page)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_relaxed);
+    while (PAGE_STATE(seen) == PAGE_ABSENT || PAGE_STATE(seen) == PAGE_REQUESTED) {
+        uint8_t claimed = (uint8_t)(PAGE_RECEIVING | (seen & PAGE_WANTED));
+        if (atomic_compare_exchange_weak_explicit(page, &seen, claimed, memory_order_acquire, memory_order_relaxed))
+            return true;
+    }
+    return false;
+}
+
+/* Leave RECEIVING: to PRESENT or ZERO once the content is in place, or back to ABSENT when it could not be placed.
+ * Release: the content is visible to whoever reads the state. True: a fault waits for this page. */
+static inline bool page_leave_receiving(page_byte *page, enum page_state state)
+{
+    return atomic_exchange_explicit(page, (uint8_t)state, memory_order_acq_rel) & PAGE_WANTED;
+}
+
+/* PRESENT or ZERO, after the kernel has mapped it. Anything else is left as it is. */
+static inline void page_mapped(page_byte *page, enum page_state from)
+{
+    uint8_t seen = (uint8_t)from;
+    atomic_compare_exchange_strong_explicit(page, &seen, PAGE_MAPPED, memory_order_acq_rel, memory_order_relaxed);
+}
+
+/* A fault waits for the page. Returns the byte that decided: ABSENT and REQUESTED or RECEIVING without WANTED have been
+ * changed (request it, or wait for whoever receives it); any other is the caller's to resolve or already waited for. */
+static inline uint8_t page_want(page_byte *page)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
+    for (;;) {
+        uint8_t next;
+        if (seen == PAGE_ABSENT)
+            next = PAGE_REQUESTED | PAGE_WANTED;
+        else if (seen == PAGE_REQUESTED || seen == PAGE_RECEIVING)
+            next = (uint8_t)(seen | PAGE_WANTED);
+        else
+            return seen;
+        if (atomic_compare_exchange_weak_explicit(page, &seen, next, memory_order_acq_rel, memory_order_acquire))
+            return seen;
+    }
+}
+
+#endif

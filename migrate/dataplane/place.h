@@ -1,0 +1,12 @@
+/* Bringing bytes into place: into the memory file, never through the registered guest mapping. */
+#ifndef POSTCOPY_PLACE_H
+#define POSTCOPY_PLACE_H
+
+#include "memory.h"
+
+enum page_path { PATH_URGENT = 0, PATH_BULK = 1 };
+
+/* Write whole pages. 0 or an errno; never a signal. The caller has claimed every page of the run. */
+int place_pages(const struct region *region, uint64_t page_index, uint64_t page_count, const void *bytes, enum page_path path);
+
+#endif

@@ -1,0 +1,105 @@
+/* See resolve.h. Facts of the kernel that decide this file (tests/kernel/test_resolving.py shows each):
+ *   CONTINUE on a page that is mapped is EEXIST and wakes nobody: UFFDIO_WAKE by hand.
+ *   A range that ends early is EAGAIN with mapped > 0, which is progress; the real errno comes with the next call.
+ *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry.
+ *   hugetlbfs has no ZEROPAGE: fallocate gives a cleared page, CONTINUE maps it. */
+#include "resolve.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/ioctl.h>
+
+#include "kernel.h"
+
+static void wake(int userfaultfd, uint64_t address, uint64_t size_bytes)
+{
+    struct uffdio_range range = {.start = address, .len = size_bytes};
+    ioctl(userfaultfd, UFFDIO_WAKE, &range);
+}
+
+static enum resolve_outcome outcome_of(int error_number)
+{
+    switch (error_number) {
+    case EEXIST:
+        return RESOLVE_ALREADY;
+    case EFAULT:
+        return RESOLVE_HOLE;
+    case ESRCH:
+    case ENOENT:
+        return RESOLVE_GONE;
+    default:
+        return RESOLVE_FAILED;
+    }
+}
+
+struct resolution resolve_continue(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    struct resolution resolution = {.outcome = RESOLVE_MAPPED};
+    uint64_t page_bytes = region->memory.page_bytes;
+    uint64_t address = region->memory.guest_address + page_index * page_bytes;
+    uint64_t end = address + page_count * page_bytes;
+    while (address < end) {
+        struct uffdio_continue request = {.range = {.start = address, .len = end - address}};
+        if (ioctl(userfaultfd, UFFDIO_CONTINUE, &request) == 0) {
+            resolution.pages_done += (end - address) / page_bytes;
+            break;
+        }
+        int error_number = errno;
+        if (request.mapped > 0) {
+            resolution.pages_done += (uint64_t)request.mapped / page_bytes;
+            address += (uint64_t)request.mapped;
+            continue;
+        }
+        if (error_number == EAGAIN) {
+            sched_yield();
+            continue;
+        }
+        resolution.outcome = outcome_of(error_number);
+        if (resolution.outcome != RESOLVE_ALREADY) {
+            resolution.error_number = error_number;
+            return resolution;
+        }
+        wake(userfaultfd, address, page_bytes);
+        resolution.wakes++;
+        resolution.pages_done++;
+        address += page_bytes;
+    }
+    resolution.outcome = resolution.wakes == page_count ? RESOLVE_ALREADY : RESOLVE_MAPPED;
+    return resolution;
+}
+
+static struct resolution resolve_zeropage(int userfaultfd, const struct region *region, uint64_t page_index)
+{
+    struct uffdio_zeropage request = {
+        .range = {.start = region->memory.guest_address + page_index * region->memory.page_bytes, .len = region->memory.page_bytes}};
+    while (ioctl(userfaultfd, UFFDIO_ZEROPAGE, &request) < 0) {
+        if (errno == EAGAIN) {
+            sched_yield();
+            continue;
+        }
+        struct resolution failed = {.outcome = outcome_of(errno), .error_number = errno};
+        if (failed.outcome == RESOLVE_ALREADY) {
+            wake(userfaultfd, request.range.start, request.range.len);
+            failed.wakes = failed.pages_done = 1;
+        }
+        return failed;
+    }
+    return (struct resolution){.outcome = RESOLVE_MAPPED, .pages_done = 1};
+}
+
+struct resolution resolve_zero(int userfaultfd, const struct region *region, uint64_t page_index)
+{
+    if (!region->is_hugetlb)
+        return resolve_zeropage(userfaultfd, region, page_index);
+    while (fallocate(region->memory.memory_fd, 0, (off_t)region_file_offset(region, page_index), region->memory.page_bytes) < 0)
+        if (errno != EINTR)
+            return (struct resolution){.outcome = RESOLVE_FAILED, .error_number = errno};
+    return resolve_continue(userfaultfd, region, page_index, 1);
+}
+
+int resolve_unregister(int userfaultfd, const struct region *region)
+{
+    struct uffdio_range range = {.start = region->memory.guest_address, .len = region->memory.size_bytes};
+    return ioctl(userfaultfd, UFFDIO_UNREGISTER, &range) < 0 ? errno : 0;
+}

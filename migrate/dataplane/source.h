@@ -1,0 +1,47 @@
+/* One migration's source half, as its loops share it. */
+#ifndef POSTCOPY_SOURCE_H
+#define POSTCOPY_SOURCE_H
+
+#include "frame.h"
+#include "memory.h"
+
+#define STEER_NONE UINT64_MAX
+
+struct source {
+    struct memory memory;
+    int stop_fd;
+    int open_fd;      /* readable: the guest is paused, its memory is final */
+    int open_bulk_fd; /* readable: bulk may begin */
+    _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path */
+    _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind the last fault; STEER_NONE */
+#define X(name) _Atomic uint64_t name;
+    SOURCE_COUNTERS(X)
+#undef X
+};
+
+/* True for the caller who is the first to send the page. */
+bool source_mark_sent(struct source *source, uint64_t page);
+/* Read whole pages of the guest's memory; never a signal. False: result says why not. */
+bool source_read_pages(const struct source *source, const struct region *region, uint64_t page_index, uint64_t page_count, char *buffer,
+                       struct loop_result *result);
+/* Are all the page's bytes zero? */
+bool page_is_zero(const char *bytes, size_t size_bytes);
+
+static inline struct frame_header frame_of_run(const struct source *source, enum frame_kind kind, const struct region *region,
+                                               uint64_t page_index, uint64_t page_count)
+{
+    return (struct frame_header){
+        .magic = FRAME_MAGIC,
+        .kind = (uint8_t)kind,
+        .region = (uint32_t)(region - source->memory.regions),
+        .page_index = page_index,
+        .length_bytes = (uint32_t)(page_count * region->memory.page_bytes),
+    };
+}
+
+static inline void count_sent(_Atomic uint64_t *counter, uint64_t by)
+{
+    atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
+}
+
+#endif

@@ -1,0 +1,333 @@
+"""The destination's half of a migration: take a waiting guest, resume it, resolve its faults until all pages are here.
+
+Not handled yet: precopy (pages HELD), recovery of a lost connection. A migration that loses one after the switchover is
+STALLED: the guest stands still on pages that are not here, and nothing is unregistered (P3).
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from migrate import __version__
+from migrate.clock import clock_id
+from migrate.control import ControlConnection
+from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
+from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
+from migrate.guest_link import GuestLink, GuestState
+from migrate.session import Migration, on_own_thread
+from migrate.switchover import Quiet
+from proto.errors import ProtocolError
+from proto.messages import (
+    Aborted,
+    Accept,
+    Cancel,
+    Complete,
+    FaultKind,
+    GuestComplete,
+    LatencySummary,
+    Offer,
+    Prepare,
+    Prepared,
+    Progress,
+    Ready,
+    Released,
+    Resume,
+    ResumeFailed,
+    Running,
+    Switchover,
+)
+from proto.preamble import ConnectionKind
+from proto.states import Event, Role, State
+
+ATTACH_DEADLINE_SECONDS = 10.0
+PREPARED_DEADLINE_SECONDS = 10.0
+RESUME_DEADLINE_SECONDS = 5.0
+RELEASED_DEADLINE_SECONDS = 5.0
+PROGRESS_SECONDS = 0.25
+
+
+class CancelledByPeerError(PostcopyError):
+    """The source cancelled before the switchover."""
+
+    code = "cancelled"
+
+
+class DestinationMigration(Migration):
+    """Takes one guest in. ``run`` ends when the migration has ended or is STALLED."""
+
+    role = Role.DESTINATION
+
+    def __init__(
+        self,
+        migration_id: bytes,
+        peer: str,
+        control: ControlConnection,
+        take_guest: Callable[[Offer], GuestLink],
+        quiet: Quiet,
+        on_end: Callable[[Migration], None],
+    ) -> None:
+        super().__init__(migration_id, "?", peer, on_end)
+        self.token = os.urandom(16)
+        self.guest: GuestLink | None = None
+        self._control = control
+        self._take_guest = take_guest
+        self._quiet = quiet
+        self._plane: DestinationPlane | None = None
+        self._figures: dict[str, int] = {}
+        self._latency: dict[FaultKind, Histogram] = {}
+        self._sockets: dict[ConnectionKind, socket.socket] = {}
+        self._attached: asyncio.Future[None] = self._loop.create_future()
+        self._final: asyncio.Future[None] = self._loop.create_future()
+        self._last_step_ns = 0
+        self._clock_offset_ns = 0
+
+    # --- the way of a migration -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        error: Exception | None = None
+        try:
+            await self._accept()
+            await self._switch_over()
+            await self._until_final()
+            await self._finish()
+        except (PostcopyError, ProtocolError, OSError, asyncio.CancelledError) as raised:
+            error = raised if isinstance(raised, Exception) else PostcopyError("the daemon is ending", code="cancelled")
+            self._failed(error)
+        finally:
+            self._close()
+            self.end(error)
+
+    async def _accept(self) -> None:
+        offer = await self._control.receive(Offer, deadline_seconds=ATTACH_DEADLINE_SECONDS)
+        self.guest_id = offer.guest_id
+        self.log = self.log.bind(guest=offer.guest_id)
+        guest = self._take_guest(offer)
+        guest.state = GuestState.ARRIVING
+        guest.on_stepped, guest.on_failed = self._stepped, self._control.fail
+        self.guest = guest
+        self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
+        self.pages_total = self._plane.figures()["pages_total"]
+        self._loop.add_reader(self._plane.final_fd, self._pages_final)
+        self.advance(Event.OFFERED)
+        self._control.send(
+            Accept(token=self.token, waiting_guest_id=guest.guest_id, clock_id=clock_id(), software=f"postcopy {__version__}")
+        )
+        await self._attached_or_closed()
+        self.advance(Event.ATTACHED)
+        self._control.send(Ready())
+
+    async def _attached_or_closed(self) -> None:
+        waited: set[asyncio.Future[None]] = {self._attached, self._control.closed}
+        await asyncio.wait(waited, timeout=ATTACH_DEADLINE_SECONDS, return_when="FIRST_COMPLETED")
+        if self._control.closed.done():
+            raise ConnectionLostError("control connection", expected="data connections", got="its end")
+        if not self._attached.done():
+            missing = [kind.name.lower() for kind in (ConnectionKind.URGENT, ConnectionKind.BULK) if kind not in self._sockets]
+            got = f"no {' and no '.join(missing)}"
+            raise DeadlineError("data connections", expected=f"urgent and bulk within {ATTACH_DEADLINE_SECONDS} s", got=got)
+
+    def expects(self, kind: ConnectionKind) -> bool:
+        return self.state is State.ATTACHING and kind not in self._sockets
+
+    def attach(self, kind: ConnectionKind, sock: socket.socket) -> None:
+        """A data connection that has proven itself and is expected."""
+        if not self.expects(kind) or self._plane is None:  # lost while its welcome was on the way
+            sock.close()
+            return
+        plane = self._plane
+        self._sockets[kind] = sock
+        if kind is ConnectionKind.URGENT:
+            self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
+        else:
+            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno()))
+        if len(self._sockets) == 2:
+            self._attached.set_result(None)
+
+    async def _switch_over(self) -> None:
+        message = await self._receive_or_cancel(Prepare)
+        assert isinstance(message, Prepare)
+        self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns
+        async with self._quiet:
+            self.advance(Event.PREPARE)
+            self._control.send(Prepared())
+            switchover = await self._receive_or_cancel(Switchover, deadline_seconds=PREPARED_DEADLINE_SECONDS)
+            assert isinstance(switchover, Switchover)
+            self._check_switchover(switchover)
+            assert self.guest is not None
+            self._last_step_ns = switchover.last_step_ns
+            # Recorded before the act: from here on the guest may run here, so `aborted` is no longer ours to say.
+            self.advance(Event.RESUME_RECORDED)
+            answer = await self.guest.request(
+                Resume(epoch=self.epoch, state=switchover.state), Running, ResumeFailed, deadline_seconds=RESUME_DEADLINE_SECONDS
+            )
+            if isinstance(answer, ResumeFailed):  # the agent, the authority on who runs, says that it never will
+                self._abort(answer.reason)
+                raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
+            self.advance(Event.RUNNING)
+            self._control.send(Running(epoch=self.epoch))
+        self.log.info("guest runs here", peer=self.peer)
+
+    def _check_switchover(self, switchover: Switchover) -> None:
+        """The last moment at which this side may say no; it is recorded before it is said (P4)."""
+        if switchover.epoch != self.epoch:
+            self._abort(f"epoch {switchover.epoch}, not {self.epoch}")
+            raise ProtocolError("epoch-stale", "switchover epoch", expected=self.epoch, got=switchover.epoch)
+        if self.guest is None or self.guest.gone:
+            self._abort("the waiting guest is gone")
+            raise GuestGoneError("waiting guest", expected="to be here", got="its socket ended")
+
+    def _abort(self, reason: str) -> None:
+        self.advance(Event.ABORT)
+        self._control.send(Aborted(epoch=self.epoch, reason=reason))
+
+    async def _receive_or_cancel(self, kind: type[Prepare] | type[Switchover], deadline_seconds: float | None = None) -> object:
+        message = await self._control.receive(kind, Cancel, deadline_seconds=deadline_seconds)
+        if isinstance(message, Cancel):
+            raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
+        return message
+
+    async def _until_final(self) -> None:
+        """Every page is final, or the control connection says why that will not be."""
+        peer = self._loop.create_task(self._control.receive(Released))
+        waited: set[asyncio.Future[Any]] = {self._final, peer}
+        try:
+            while not self._final.done():
+                await asyncio.wait(waited, timeout=PROGRESS_SECONDS, return_when="FIRST_COMPLETED")
+                if peer.done():
+                    peer.result()
+                    raise ProtocolError(
+                        "message-unexpected", "control message", expected="nothing before complete", got="released"
+                    )
+                self._control.send(self._progress())
+        finally:
+            peer.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await peer
+
+    async def _finish(self) -> None:
+        """Stop the loops, map what is only PRESENT, unregister; the guest is whole here."""
+        assert self._plane is not None
+        assert self.guest is not None
+        plane = self._plane
+        plane.stop()
+        self.join_loops()
+        result = await on_own_thread("finish", plane.finish)
+        if result.reason != "finished":
+            raise result.error()
+        self.guest.became_running()
+        self.guest.send(GuestComplete())
+        self._summarize()
+        self.advance(Event.COMPLETE)
+        self._control.send(
+            Complete(
+                downtime_ns=self.downtime_ns,
+                downtime_uncertainty_ns=self.downtime_uncertainty_ns,
+                faults=self.faults,
+                pages=self.pages_by_path(),
+            )
+        )
+        self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
+        with contextlib.suppress(PostcopyError, ProtocolError):  # the guest is whole: what the source does now is its own
+            await self._control.receive(Released, deadline_seconds=RELEASED_DEADLINE_SECONDS)
+
+    # --- events -----------------------------------------------------------------------------------------------------
+
+    def _pages_final(self) -> None:
+        assert self._plane is not None
+        self._loop.remove_reader(self._plane.final_fd)
+        if not self._final.done():
+            self._final.set_result(None)
+
+    def _stepped(self, first_step_ns: int) -> None:
+        if self._last_step_ns:  # 0: the guest had made no step at the source, or cannot tell
+            self.downtime_ns = first_step_ns - (self._last_step_ns + self._clock_offset_ns)
+
+    def guest_gone(self) -> None:
+        self._control.fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
+
+    def loop_ended(self, result: LoopResult) -> None:
+        if result.reason in ("stopped", "finished") or self._final.done():
+            return
+        if result.reason in PEER_FAULTS:
+            self._control.refuse(result.error())
+        else:
+            self._control.fail(result.error())
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    def _failed(self, error: Exception) -> None:
+        if self.state in (State.SWITCHOVER, State.POSTCOPY):
+            self.advance(Event.LOST)
+            if self.guest is not None:
+                self.guest.state = GuestState.LOST
+            self.log.error(
+                "migration stalled: the guest waits for pages that are still at the source", reason=str(error), peer=self.peer
+            )
+            return
+        if isinstance(error, CancelledByPeerError):
+            self.advance(Event.CANCEL)
+        elif self.state is not State.ABORTED:
+            self._control.refuse(error)
+            self.advance(Event.FAILURE)
+        if self.guest is not None:
+            self.guest.on_stepped = self.guest.on_failed = None
+            self.guest.state = GuestState.WAITING
+        self.log.warning("migration did not happen", reason=str(error), peer=self.peer)
+
+    def _summarize(self) -> None:
+        """Keep the figures; the C side's object is about to go."""
+        if self._plane is None:
+            return
+        self._figures = self._plane.figures()
+        self._latency = {kind: self._plane.latency(kind) for kind in FAULT_KINDS}
+        self.faults = {
+            kind: LatencySummary(
+                count=histogram.count,
+                p50_ns=histogram.quantile_ns(0.5),
+                p99_ns=histogram.quantile_ns(0.99),
+                max_ns=histogram.max_ns,
+            )
+            for kind, histogram in self._latency.items()
+        }
+
+    def _close(self) -> None:
+        if self._plane is not None:
+            self._loop.remove_reader(self._plane.final_fd)
+            self._plane.stop()
+            self.join_loops()
+            self._summarize()
+            self._plane.close()
+            self._plane = None
+        for sock in self._sockets.values():
+            sock.close()
+        self._control.close()
+
+    # --- figures ----------------------------------------------------------------------------------------------------
+
+    def latency(self, kind: FaultKind) -> Histogram:
+        return self._plane.latency(kind) if self._plane is not None else self._latency.get(kind, Histogram())
+
+    def figures(self) -> dict[str, int]:
+        return self._plane.figures() if self._plane is not None else self._figures
+
+    def pages_done(self) -> int:
+        return self.figures().get("pages_final", 0)
+
+    def pages_by_path(self) -> dict[str, int]:
+        figures = self.figures()
+        return {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "bulk", "zero")}
+
+    def faults_count(self) -> int:
+        figures = self.figures()
+        return sum(figures.get(f"faults_{kind}", 0) for kind in FAULT_KINDS)
+
+    def _progress(self) -> Progress:
+        return Progress(
+            pages_present=self.pages_done(),
+            faults=self.faults_count(),
+            downtime_ns=self.downtime_ns,
+            downtime_uncertainty_ns=self.downtime_uncertainty_ns,
+        )

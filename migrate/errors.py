@@ -1,0 +1,98 @@
+"""Errors of the product: each carries the facts of the moment and a stable code. The CLI alone maps them to exit codes."""
+
+import errno
+import os
+
+
+class PostcopyError(Exception):
+    """``code`` is stable; ``what``, ``expected`` and ``got`` say what an operator needs to act."""
+
+    code = "failed"
+
+    def __init__(self, what: str, *, expected: object = "", got: object = "", code: str | None = None) -> None:
+        self.what = what
+        self.expected = str(expected)
+        self.got = str(got)
+        if code is not None:
+            self.code = code
+        super().__init__(what + (f": expected {self.expected}, got {self.got}" if self.expected or self.got else ""))
+
+    def to_dict(self) -> dict[str, str]:
+        return {"code": self.code, "what": self.what, "expected": self.expected, "got": self.got}
+
+
+class HostLacksError(PostcopyError):
+    """This machine or this user lacks what is needed; ``remedy`` is the one thing to change."""
+
+    code = "host-lacks"
+
+    def __init__(self, feature: str, why: str, remedy: str) -> None:
+        self.feature, self.why, self.remedy = feature, why, remedy
+        super().__init__(f"{feature} is not available here: {why}; {remedy}")
+
+
+class GuestRefusedError(PostcopyError):
+    """A guest attached with something that cannot be migrated."""
+
+    code = "guest-refused"
+
+
+class GuestGoneError(PostcopyError):
+    """The guest's socket ended, or its process did."""
+
+    code = "guest-gone"
+
+
+class GuestBusyError(PostcopyError):
+    """The guest is already being migrated, or is still receiving its memory."""
+
+    code = "guest-busy"
+
+
+class PauseFailedError(PostcopyError):
+    """The guest could not be stopped before the deadline; it runs on."""
+
+    code = "pause-failed"
+
+
+class NotFoundError(PostcopyError):
+    code = "not-found"
+
+
+class NotCancellableError(PostcopyError):
+    """The switchover has begun: the guest may run at the destination already."""
+
+    code = "not-cancellable"
+
+
+class PeerRefusedError(PostcopyError):
+    """The other daemon said no; the code is its own."""
+
+    code = "peer-refused"
+
+
+class ConnectionLostError(PostcopyError):
+    code = "connection-lost"
+
+
+class DeadlineError(PostcopyError):
+    code = "deadline"
+
+
+class DataPlaneError(PostcopyError):
+    """A loop of the data plane ended by itself; the code is its reason."""
+
+    code = "data-plane"
+
+
+class DaemonUnreachableError(PostcopyError):
+    code = "daemon-unreachable"
+
+
+class ListenRefusedError(PostcopyError):
+    code = "listen-refused"
+
+
+def errno_text(error_number: int) -> str:
+    """``EPERM (Operation not permitted)``: the name that kernel documentation uses and what it means."""
+    return f"{errno.errorcode.get(error_number, error_number)} ({os.strerror(error_number)})"

@@ -1,0 +1,217 @@
+"""The agent: attaches a guest to its daemon, passes descriptors, answers pause and resume, keeps the userfaultfd.
+
+One thread, plain blocking sockets, never touches guest memory. It serves one daemon connection at a time. The duplicate
+of the userfaultfd stays open here until the daemon says ``complete``: with the last descriptor gone, absent pages would
+read as zeroes (P3). After ``released`` the guest may offer itself again with new descriptors, as a waiting guest.
+"""
+
+import contextlib
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Protocol
+
+import structlog
+
+from migrate.errors import PauseFailedError, PeerRefusedError, PostcopyError
+from migrate.guest.memory import GuestMemory
+from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from proto.errors import ProtocolError
+from proto.messages import (
+    GuestComplete,
+    GuestFailed,
+    GuestReleased,
+    Hello,
+    Message,
+    Pause,
+    Paused,
+    PauseFailed,
+    Refused,
+    Resume,
+    ResumeFailed,
+    Running,
+    Welcome,
+    encode,
+    guest_decoder,
+)
+
+log = structlog.get_logger("postcopy.agent")
+
+
+class GuestRole(StrEnum):
+    RUNNING = "running"  # whole, here; may be moved away
+    WAITING = "waiting"  # takes a guest
+    ARRIVING = "arriving"  # runs here, its memory is still coming: refuses to be a source
+    DEPARTED = "departed"  # released: whole somewhere else
+
+
+class Machine(Protocol):
+    """What an agent drives: the workload, a KVM machine, a QEMU."""
+
+    def pause(self, deadline_seconds: float) -> tuple[bytes, int]:
+        """State, and CLOCK_MONOTONIC of the last completed step in ns. Raises PauseFailedError and runs on."""
+
+    def resume(self, state: bytes | None) -> None:
+        """With state: load it and run. Without: run on. Raises PostcopyError for a state that is not this machine's."""
+
+    def event_fd(self) -> int:
+        """Readable when ``event`` has something to say; -1 for none."""
+
+    def event(self) -> Message | None:
+        """Stepped or GuestFailed, or None."""
+
+    def complete(self) -> None:
+        """All memory is here."""
+
+
+class Agent:
+    """One guest's side of the guest socket. ``run`` returns when the guest has departed or the daemon is gone."""
+
+    def __init__(self, guest_id: str, memory: GuestMemory, machine: Machine, role: GuestRole) -> None:
+        self.guest_id, self.memory, self.machine, self.role = guest_id, memory, machine, role
+        self.userfaultfd = memory.register() if role is GuestRole.WAITING else -1
+        self._epoch: int | None = None
+        self._paused = False
+        self._socket: socket.socket | None = None
+        self._decoder = guest_decoder()
+        self._handlers: dict[type[Message], Callable[..., None]] = {
+            Pause: self._pause,
+            Resume: self._resume,
+            GuestComplete: self._complete,
+            GuestReleased: self._released,
+        }
+
+    def attach(self, socket_path: Path) -> None:
+        """Connect, greet, pass the descriptors. Raises OSError (no daemon there) or PeerRefusedError."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._socket.connect(str(socket_path))
+        self._decoder = guest_decoder()
+        role: Literal["waiting", "running"] = "waiting" if self.role is GuestRole.WAITING else "running"
+        hello = Hello(
+            major=PROTOCOL_MAJOR,
+            minor=PROTOCOL_MINOR,
+            guest_id=self.guest_id,
+            role=role,
+            regions=self.memory.regions,
+            memory_files=len(self.memory.files),
+        )
+        descriptors = self.memory.files + ([self.userfaultfd] if role == "waiting" else [])
+        data = encode(hello)
+        sent_bytes = socket.send_fds(self._socket, [data], descriptors)
+        self._socket.sendall(data[sent_bytes:])
+        answer = self._receive_one()
+        if isinstance(answer, Refused):
+            raise PeerRefusedError(answer.what, expected=answer.expected, got=answer.got, code=answer.code)
+        if not isinstance(answer, Welcome):
+            raise ProtocolError(
+                "message-unexpected", "answer to hello", expected="welcome or refused", got=answer.__class__.__name__
+            )
+
+    def run(self) -> None:
+        """Serve the daemon until the guest departs (role DEPARTED), or the connection ends (role as it is then)."""
+        assert self._socket is not None, "attach first"
+        with selectors.DefaultSelector() as selector, self._socket:
+            selector.register(self._socket, selectors.EVENT_READ)
+            if self.machine.event_fd() >= 0:
+                selector.register(self.machine.event_fd(), selectors.EVENT_READ)
+            while self.role is not GuestRole.DEPARTED:
+                for key, _ in selector.select():
+                    if key.fileobj is self._socket:
+                        if not self._serve_daemon():
+                            return
+                    else:
+                        self._serve_machine()
+
+    def close(self) -> None:
+        if self.userfaultfd >= 0:
+            os.close(self.userfaultfd)
+            self.userfaultfd = -1
+
+    def _receive_one(self) -> Message:
+        assert self._socket is not None
+        while True:
+            data = self._socket.recv(1 << 16)
+            if not data:
+                raise PostcopyError("daemon", expected="an answer to hello", got="end of connection", code="connection-lost")
+            if messages := self._decoder.feed(data):
+                return messages[0]
+
+    def _serve_daemon(self) -> bool:
+        assert self._socket is not None
+        try:
+            data = self._socket.recv(1 << 16)
+        except ConnectionError:
+            data = b""
+        if not data:
+            return False
+        try:
+            for message in self._decoder.feed(data):
+                handler = self._handlers.get(type(message))
+                if handler is None:
+                    raise ProtocolError(
+                        "message-unexpected", "message to the agent", expected="a request", got=type(message).__name__
+                    )
+                handler(message)
+        except ProtocolError as error:  # the guest does not end because its daemon is confused
+            log.error("connection to the daemon ended", guest=self.guest_id, reason=str(error))
+            return False
+        return True
+
+    def _serve_machine(self) -> None:
+        message = self.machine.event()
+        if message is not None:
+            self._send(message)
+        if isinstance(message, GuestFailed):
+            raise PostcopyError(message.reason, code="guest-failed")
+
+    def _send(self, message: Message) -> None:
+        assert self._socket is not None
+        with contextlib.suppress(ConnectionError):  # a daemon that is gone shows when we next read
+            self._socket.sendall(encode(message))
+
+    def _pause(self, message: Pause) -> None:
+        if self.role is not GuestRole.RUNNING:
+            self._send(PauseFailed(reason=f"the guest is {self.role}, not running here as a whole"))
+            return
+        try:
+            state, last_step_ns = self.machine.pause(message.deadline_ms / 1000)
+        except PauseFailedError as error:
+            self._send(PauseFailed(reason=str(error)))
+            return
+        self._paused = True
+        self._send(Paused(state=state, last_step_ns=last_step_ns))
+
+    def _resume(self, message: Resume) -> None:
+        """The agent is the authority on who runs (P4): a waiting guest takes one resume, once, of one epoch."""
+        if message.state is None:
+            if self._paused:
+                self._paused = False
+                self.machine.resume(None)
+            return
+        if self.role is GuestRole.ARRIVING and self._epoch == message.epoch:
+            self._send(Running(epoch=message.epoch))  # asked again: it runs, and must not be said to be refused
+            return
+        if self.role is not GuestRole.WAITING or self._epoch is not None:
+            self._send(
+                ResumeFailed(epoch=message.epoch, reason=f"the guest is {self.role} and was resumed in epoch {self._epoch}")
+            )
+            return
+        try:
+            self.machine.resume(message.state)
+        except PostcopyError as error:
+            self._send(ResumeFailed(epoch=message.epoch, reason=str(error)))
+            return
+        self._epoch = message.epoch
+        self.role = GuestRole.ARRIVING
+        self._send(Running(epoch=message.epoch))
+
+    def _complete(self, _: GuestComplete) -> None:
+        self.close()
+        self.role = GuestRole.RUNNING
+        self.machine.complete()
+
+    def _released(self, _: GuestReleased) -> None:
+        self.role = GuestRole.DEPARTED

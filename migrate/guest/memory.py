@@ -1,0 +1,115 @@
+"""Guest memory: memory files (memfd, tmpfs, hugetlbfs) mapped side by side in one range of addresses.
+
+Nothing here touches a page: a page mapped before it is registered would never fault.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from migrate.errors import HostLacksError, PostcopyError, errno_text
+from migrate.guest import uffd
+from migrate.guest._uffd import ffi, lib
+from proto.messages import GuestRegion
+
+PAGE_BYTES_OF_KIND: dict[str, Literal[4096, 2097152]] = {"memfd": 4096, "tmpfs": 4096, "hugetlb": 2097152}
+_SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SPEC = re.compile(r"^(\d+)([KMGT]?)(?:iB)?(?::([a-z]+))?$")
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySpec:
+    """One region as a user asks for it: ``512M``, ``1G:hugetlb``, ``64M:tmpfs``."""
+
+    size_bytes: int
+    kind: str
+
+    @classmethod
+    def parse(cls, text: str) -> "MemorySpec":
+        match = _SPEC.match(text)
+        kind = (match and match[3]) or "memfd"
+        if match is None or kind not in PAGE_BYTES_OF_KIND:
+            raise PostcopyError("memory", expected="SIZE[K|M|G|T][:memfd|:tmpfs|:hugetlb], such as 512M or 1G:hugetlb", got=text)
+        size_bytes = int(match[1]) * _SUFFIX[match[2]]
+        page_bytes = PAGE_BYTES_OF_KIND[kind]
+        if size_bytes == 0 or size_bytes % page_bytes:
+            raise PostcopyError(f"memory of kind {kind}", expected=f"a whole number of {page_bytes}-byte pages", got=text)
+        return cls(size_bytes, kind)
+
+
+def _memory_file(spec: MemorySpec) -> int:
+    if spec.kind == "tmpfs":
+        descriptor, path = tempfile.mkstemp(prefix="postcopy-", dir="/dev/shm")
+        os.unlink(path)
+    else:
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if spec.kind == "hugetlb" else 0)
+        descriptor = os.memfd_create("postcopy-guest", flags)
+    os.ftruncate(descriptor, spec.size_bytes)
+    return descriptor
+
+
+class GuestMemory:
+    """Memory files and their mapping. Raises HostLacksError when hugetlbfs has too few free pages."""
+
+    def __init__(self, specs: Sequence[MemorySpec]) -> None:
+        self.specs = tuple(specs)
+        self.size_bytes = sum(spec.size_bytes for spec in specs)
+        self.files: list[int] = []
+        self.regions: list[GuestRegion] = []
+        self._address = lib.mapping_reserve(self.size_bytes)
+        if self._address == ffi.NULL:
+            raise HostLacksError("guest memory", errno_text(ffi.errno), "ask for less memory or raise ulimit -v")
+        try:
+            self._place_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _place_all(self) -> None:
+        address = self.address
+        for index, spec in enumerate(self.specs):
+            page_bytes = PAGE_BYTES_OF_KIND[spec.kind]
+            if address % page_bytes:
+                raise PostcopyError("order of memory regions", expected="hugetlb regions first", got=str(self.specs))
+            self.files.append(_memory_file(spec))
+            error_number = lib.mapping_place(ffi.cast("void *", address), spec.size_bytes, self.files[-1], 0)
+            if error_number == errno.ENOMEM and spec.kind == "hugetlb":
+                pages = spec.size_bytes // page_bytes
+                raise HostLacksError(
+                    "hugetlbfs memory", f"fewer than {pages} free 2 MiB pages", f"set vm.nr_hugepages to {pages} or more"
+                )
+            if error_number:
+                raise HostLacksError("guest memory", errno_text(error_number), "ask for less memory")
+            self.regions.append(
+                GuestRegion(
+                    guest_address=address, size_bytes=spec.size_bytes, offset_bytes=0, page_bytes=page_bytes, memory_file=index
+                )
+            )
+            address += spec.size_bytes
+
+    @property
+    def address(self) -> int:
+        return int(ffi.cast("uintptr_t", self._address))
+
+    def register(self) -> int:
+        """A new userfaultfd, registered MISSING|MINOR over every region; its owner closes it last (P3)."""
+        userfaultfd = uffd.open_userfaultfd(hugetlb=any(spec.kind == "hugetlb" for spec in self.specs))
+        try:
+            for region in self.regions:
+                uffd.register(userfaultfd, region.guest_address, region.size_bytes)
+        except BaseException:
+            os.close(userfaultfd)
+            raise
+        return userfaultfd
+
+    def close(self) -> None:
+        lib.mapping_release(self._address, self.size_bytes)
+        for descriptor in self.files:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self.files.clear()

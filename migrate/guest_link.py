@@ -1,0 +1,231 @@
+"""The daemon's end of a guest socket: one attached guest, its descriptors, requests to its agent and their answers."""
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+from collections.abc import Callable
+from enum import StrEnum
+from typing import TypeVar, cast
+
+import structlog
+
+from migrate import __version__
+from migrate.dataplane import MemoryRegion
+from migrate.errors import DeadlineError, GuestGoneError, GuestRefusedError, PostcopyError
+from migrate.guest import uffd
+from migrate.region import check_regions, shape_of
+from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from proto.errors import ProtocolError
+from proto.messages import (
+    REGIONS_MAX,
+    GuestFailed,
+    Hello,
+    Message,
+    Refused,
+    Stepped,
+    Welcome,
+    encode,
+    guest_decoder,
+)
+
+log = structlog.get_logger("postcopy.guest")
+_M = TypeVar("_M", bound=Message)
+_N = TypeVar("_N", bound=Message)
+RECEIVE_BYTES = 1 << 16
+
+
+class GuestState(StrEnum):
+    RUNNING = "running"  # whole, here
+    WAITING = "waiting"  # for a guest to take
+    LEAVING = "leaving"  # source of a migration
+    ARRIVING = "arriving"  # destination of a migration
+    LOST = "lost"  # its migration stalled or it broke; kept as it is
+
+
+class GuestLink:
+    """One connection of a guest's agent. Calls back: ``on_hello`` (may raise to refuse), ``on_gone``."""
+
+    def __init__(
+        self, sock: socket.socket, on_hello: Callable[["GuestLink"], None], on_gone: Callable[["GuestLink"], None]
+    ) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self._on_hello, self._on_gone = on_hello, on_gone
+        self._loop = asyncio.get_running_loop()
+        self._decoder = guest_decoder()
+        self._descriptors: list[int] = []
+        self._unsent = bytearray()
+        self._pending: tuple[tuple[type[Message], ...], asyncio.Future[Message]] | None = None
+        self._overdue: tuple[type[Message], ...] = ()
+        self.hello: Hello | None = None
+        self.state = GuestState.WAITING
+        self.regions: list[MemoryRegion] = []
+        self.userfaultfd = -1
+        self.gone = False
+        self.failure: str | None = None
+        self.on_stepped: Callable[[int], None] | None = None
+        self.on_failed: Callable[[PostcopyError], None] | None = None
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        self.pid, self.uid, _ = struct.unpack("3i", credentials)
+        self._loop.add_reader(sock, self._readable)
+
+    @property
+    def guest_id(self) -> str:
+        return self.hello.guest_id if self.hello else "?"
+
+    @property
+    def shape(self) -> list[tuple[int, int]]:
+        return shape_of(self.hello.regions) if self.hello else []
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(region.size_bytes for region in self.regions)
+
+    # --- messages ---------------------------------------------------------------------------------------------------
+
+    def send(self, message: Message) -> None:
+        """Queue and send at once as far as the socket takes it. A guest that is gone shows through on_gone."""
+        if self.gone:
+            return
+        self._unsent += encode(message)
+        self._writable()
+
+    async def request(self, message: Message, yes: type[_M], no: type[_N], *, deadline_seconds: float) -> _M | _N:
+        """Send, and wait for one of the two answers. Raises GuestGoneError, DeadlineError."""
+        if self.gone:
+            raise GuestGoneError(f"guest {self.guest_id}", expected="an attached guest", got="its socket has ended")
+        future: asyncio.Future[Message] = self._loop.create_future()
+        answers = (yes, no)
+        self._pending = (answers, future)
+        self.send(message)
+        try:
+            return cast(_M | _N, await asyncio.wait_for(future, deadline_seconds))
+        except TimeoutError:
+            self._overdue = answers
+            names = " or ".join(answer.__name__.lower() for answer in answers)
+            raise DeadlineError(
+                f"guest {self.guest_id}", expected=f"{names} within {deadline_seconds} s", got="nothing"
+            ) from None
+        finally:
+            self._pending = None
+
+    def _readable(self) -> None:
+        try:
+            data, descriptors, flags, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, REGIONS_MAX + 1, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data, descriptors, flags = b"", [], 0
+        self._descriptors += descriptors
+        if not data:
+            self.close()
+            return
+        try:
+            if flags & socket.MSG_CTRUNC or len(self._descriptors) > REGIONS_MAX + 1:
+                raise GuestRefusedError("descriptors", expected=f"<= {REGIONS_MAX + 1}", got="more")
+            for message in self._decoder.feed(data):
+                self._take(message)
+        except (PostcopyError, ProtocolError) as error:
+            log.warning("guest refused", guest=self.guest_id, pid=self.pid, code=error.code, reason=str(error))
+            self.send(Refused(code=error.code, what=error.what[:2000], expected=error.expected[:2000], got=error.got[:2000]))
+            self.failure = str(error)
+            self.close()
+
+    def _take(self, message: Message) -> None:
+        if self.hello is None:
+            if not isinstance(message, Hello):
+                raise ProtocolError(
+                    "message-unexpected", "first message of a guest", expected="hello", got=type(message).__name__
+                )
+            self._greet(message)
+        elif isinstance(message, Stepped):
+            if self.on_stepped:
+                self.on_stepped(message.first_step_ns)
+        elif isinstance(message, GuestFailed):
+            self.failure = message.reason
+            log.error("guest failed", guest=self.guest_id, reason=message.reason)
+            if self.on_failed:
+                self.on_failed(PostcopyError(message.reason, code="guest-failed"))
+        elif self._pending and isinstance(message, self._pending[0]):
+            if not self._pending[1].done():
+                self._pending[1].set_result(message)
+        elif isinstance(message, self._overdue):
+            log.warning("answer after its deadline", guest=self.guest_id, answer=type(message).__name__)
+        else:
+            expected = " or ".join(kind.__name__ for kind in self._pending[0]) if self._pending else "nothing now"
+            raise ProtocolError("message-unexpected", "message of a guest", expected=expected, got=type(message).__name__)
+
+    def _greet(self, hello: Hello) -> None:
+        """Check what came with hello, descriptor by descriptor; only then is the guest known."""
+        if hello.major != PROTOCOL_MAJOR:
+            raise GuestRefusedError(
+                "guest protocol", expected=f"{PROTOCOL_MAJOR}.x", got=f"{hello.major}.{hello.minor}", code="version-unsupported"
+            )
+        waiting = hello.role == "waiting"
+        expected = hello.memory_files + (1 if waiting else 0)
+        if len(self._descriptors) != expected:
+            what = f"{hello.memory_files} memory files" + (" and a userfaultfd" if waiting else "")
+            raise GuestRefusedError("descriptors passed with hello", expected=f"{expected}: {what}", got=len(self._descriptors))
+        self.regions = check_regions(hello.regions, self._descriptors[: hello.memory_files])
+        if waiting:
+            self.userfaultfd = self._descriptors[-1]
+            self._check_userfaultfd()
+        self.state = GuestState.WAITING if waiting else GuestState.RUNNING
+        self.hello = hello
+        self._on_hello(self)
+        self.send(Welcome(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR, software=f"postcopy {__version__}"))
+
+    def _check_userfaultfd(self) -> None:
+        """Registering again is free where the range is MISSING|MINOR already, and says no where it cannot be (P3)."""
+        try:
+            os.set_blocking(self.userfaultfd, False)
+            for region in self.regions:
+                uffd.register(self.userfaultfd, region.guest_address, region.size_bytes)
+        except uffd.UserfaultfdError as error:
+            raise GuestRefusedError(error.what, expected=error.expected, got=error.got, code="userfaultfd-refused") from error
+
+    # --- writing and the end ----------------------------------------------------------------------------------------
+
+    def _writable(self) -> None:
+        try:
+            while self._unsent:
+                sent_bytes = self._socket.send(self._unsent, socket.MSG_NOSIGNAL)
+                del self._unsent[:sent_bytes]
+            self._loop.remove_writer(self._socket)
+        except (BlockingIOError, InterruptedError):
+            self._loop.add_writer(self._socket, self._writable)
+        except OSError:
+            self._unsent.clear()
+            self._loop.remove_writer(self._socket)
+
+    def became_running(self) -> None:
+        """Its memory is whole: the daemon lets its descriptor of the userfaultfd go."""
+        self.state = GuestState.RUNNING
+        if self.userfaultfd >= 0:
+            os.close(self.userfaultfd)
+            self._descriptors.remove(self.userfaultfd)
+            self.userfaultfd = -1
+
+    def close(self) -> None:
+        """End the connection. Descriptors are closed unless a migration still needs them (``release``)."""
+        if self.gone:
+            return
+        self.gone = True
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._socket.close()
+        if self._pending and not self._pending[1].done():
+            self._pending[1].set_exception(
+                GuestGoneError(f"guest {self.guest_id}", expected="an answer", got=self.failure or "its socket ended")
+            )
+        self._on_gone(self)
+
+    def release(self) -> None:
+        """Close the memory files and the userfaultfd."""
+        for descriptor in self._descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._descriptors.clear()
+        self.userfaultfd = -1

@@ -1,0 +1,1 @@
+"""The guests that come with the product; each attaches through ``migrate.guest``."""

@@ -1,0 +1,142 @@
+"""``postcopy guest workload``: the workload as a guest process of its own, and what it tells on standard output.
+
+Each event is one JSON line: ``started``, ``waiting``, ``stepped``, ``complete``, ``verified`` (with its figures),
+``departed``, ``failed``. With ``stay`` a guest that has departed offers itself again as a waiting one.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from migrate.errors import PostcopyError
+from migrate.guest.agent import Agent, GuestRole
+from migrate.guest.memory import GuestMemory, MemorySpec
+from migrate.guests.workload.native import Workload, WorkloadConfig
+from proto.messages import GuestFailed, Message, Stepped
+
+log = structlog.get_logger("postcopy.workload")
+RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadOptions:
+    guest_id: str
+    socket_path: Path
+    memory: Sequence[MemorySpec]
+    waiting: bool = False
+    stay: bool = False
+    verify: bool = True
+    config: WorkloadConfig = field(default_factory=WorkloadConfig)
+
+
+class WorkloadMachine:
+    """What the agent drives."""
+
+    def __init__(self, memory: GuestMemory, options: WorkloadOptions) -> None:
+        self.workload = Workload(memory.address, memory.size_bytes)
+        self._options = options
+        self._stepped_ns = 0
+        self._verifications = 0
+        self._verifying = False
+
+    def start(self) -> None:
+        self.workload.start(self._options.config)
+
+    def pause(self, deadline_seconds: float) -> tuple[bytes, int]:
+        self.workload.pause(deadline_seconds)
+        return self.workload.save(), self.workload.report().last_step_ns
+
+    def resume(self, state: bytes | None) -> None:
+        if state is not None:
+            self.workload.load(state)
+            self._verifications = 0
+        self.workload.resume()
+
+    def event_fd(self) -> int:
+        return self.workload.event_fd
+
+    def event(self) -> Message | None:
+        os.read(self.workload.event_fd, 8)
+        report = self.workload.report()
+        if report.failure is not None:
+            say("failed", **report.to_dict())
+            return GuestFailed(reason=str(report.failure))
+        if self._verifying and report.verifications > self._verifications:
+            self._verifying = False
+            say("verified", **report.to_dict())
+        if report.first_step_ns and report.first_step_ns != self._stepped_ns:
+            self._stepped_ns = report.first_step_ns
+            say("stepped", first_step_ns=report.first_step_ns)
+            return Stepped(first_step_ns=report.first_step_ns)
+        return None
+
+    def complete(self) -> None:
+        report = self.workload.report()
+        say("complete", **report.to_dict())
+        if self._options.verify:
+            self._verifications = report.verifications
+            self._verifying = True
+            self.workload.verify()
+
+
+def say(event: str, **facts: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
+    sys.stdout.flush()
+
+
+def run(options: WorkloadOptions) -> None:
+    """Returns when the guest has departed. Raises PostcopyError ``guest-failed`` when it found itself broken."""
+    role = GuestRole.WAITING if options.waiting else GuestRole.RUNNING
+    gc.collect()
+    gc.freeze()
+    gc.disable()  # the agent answers within a downtime; it makes no cycles
+    while True:
+        _live(options, role)
+        say("departed")
+        if not options.stay:
+            return
+        role = GuestRole.WAITING
+
+
+def _live(options: WorkloadOptions, role: GuestRole) -> None:
+    """One life of the guest's memory: from its start, or from waiting, until it has departed."""
+    memory = GuestMemory(options.memory)
+    machine = WorkloadMachine(memory, options)
+    agent = Agent(options.guest_id, memory, machine, role)
+    try:
+        if role is GuestRole.WAITING:
+            machine.workload.prepare(options.config.threads)
+        else:
+            machine.start()
+        while agent.role is not GuestRole.DEPARTED:
+            _attach(agent, options.socket_path)
+            say("waiting" if agent.role is GuestRole.WAITING else "started")
+            agent.run()
+            if agent.role is GuestRole.ARRIVING:
+                log.error("the daemon is gone while this guest's memory is still arriving: it waits, and nothing is lost here")
+                os.read(os.eventfd(0), 8)  # nothing can be done from here; stay, holding the userfaultfd
+    finally:
+        machine.workload.close()
+        agent.close()
+        memory.close()
+
+
+def _attach(agent: Agent, socket_path: Path) -> None:
+    """Try until the daemon is there: it may be starting, or starting again."""
+    for attempt in range(1_000_000):
+        try:
+            agent.attach(socket_path)
+            return
+        except (ConnectionError, FileNotFoundError) as error:
+            if attempt == 0:
+                log.warning("no daemon there yet, trying again", socket=str(socket_path), reason=str(error))
+            time.sleep(RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)])
+    raise PostcopyError(f"daemon at {socket_path}", expected="an answer", got="none")

@@ -1,0 +1,145 @@
+"""TCP as the daemons use it: addresses, socket options, the preamble exchange."""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from dataclasses import dataclass
+
+from migrate.errors import DeadlineError, ListenRefusedError, PostcopyError
+from proto.errors import ProtocolError
+from proto.preamble import ANSWER_BYTES, PREAMBLE_BYTES, Answer, AnswerCode, Preamble
+
+USER_TIMEOUT_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """``HOST:PORT``, ``[IPv6]:PORT``."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Address":
+        host, separator, port = text.rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            separator = ""
+        if not separator or not host or not port.isdigit() or int(port) > 65535:
+            raise PostcopyError("address", expected="HOST:PORT or [IPv6]:PORT", got=text)
+        return cls(host, int(port))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def require_loopback(address: Address, what: str, *, insecure: bool) -> None:
+    """Raises ListenRefusedError: nothing here is encrypted or authenticated yet."""
+    if not insecure and not address.is_loopback:
+        raise ListenRefusedError(
+            f"{what} address",
+            expected="a loopback address (or --insecure: nothing is encrypted or authenticated yet)",
+            got=address,
+        )
+
+
+def tune(sock: socket.socket) -> None:
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+async def connect(address: Address, *, deadline_seconds: float) -> socket.socket:
+    """Raises OSError (refused, unreachable, unknown name), DeadlineError."""
+    loop = asyncio.get_running_loop()
+    error: OSError | None = None
+    for family, kind, protocol, _, place in await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
+        sock.setblocking(False)
+        try:
+            await asyncio.wait_for(loop.sock_connect(sock, place), deadline_seconds)
+            tune(sock)
+            return sock
+        except TimeoutError:
+            sock.close()
+            raise DeadlineError(f"connection to {address}", expected=f"within {deadline_seconds} s", got="nothing") from None
+        except OSError as raised:
+            sock.close()
+            error = OSError(raised.errno, f"connecting to {address}: {raised.strerror}")
+        except BaseException:
+            sock.close()
+            raise
+    raise error or OSError(f"{address}: no address")
+
+
+def listen(address: Address) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address.host, address.port))
+        sock.listen(64)
+    except OSError as error:
+        sock.close()
+        raise ListenRefusedError(f"listening on {address}", expected="a free address of this host", got=error) from error
+    sock.setblocking(False)
+    return sock
+
+
+async def _receive_exactly(sock: socket.socket, size_bytes: int) -> bytes:
+    """Up to size_bytes: fewer when the peer closes or what has come is not ours anyway."""
+    loop = asyncio.get_running_loop()
+    data = b""
+    while len(data) < size_bytes:
+        part = await loop.sock_recv(sock, size_bytes - len(data))
+        data += part
+        if not part or (len(data) >= 8 and data[:8] != b"POSTCOPY"):
+            break
+    return data
+
+
+async def greet(sock: socket.socket, preamble: Preamble, deadline_seconds: float) -> None:
+    """Send the preamble, read the answer. Closes the socket and raises ProtocolError unless welcome."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            await loop.sock_sendall(sock, preamble.encode())
+            Answer.decode(await _receive_exactly(sock, ANSWER_BYTES)).check()
+    except TimeoutError:
+        sock.close()
+        raise DeadlineError("answer to the preamble", expected=f"within {deadline_seconds} s", got="nothing") from None
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def receive_preamble(sock: socket.socket, deadline_seconds: float) -> Preamble:
+    """Answers and raises ProtocolError for what cannot be; raises DeadlineError for silence. The caller closes."""
+    try:
+        async with asyncio.timeout(deadline_seconds):
+            data = await _receive_exactly(sock, PREAMBLE_BYTES)
+    except TimeoutError:
+        raise DeadlineError("preamble", expected=f"within {deadline_seconds} s", got="less") from None
+    try:
+        return Preamble.decode(data)
+    except ProtocolError as error:
+        code = AnswerCode.VERSION_UNSUPPORTED if error.code == "version-unsupported" else AnswerCode.PREAMBLE_INVALID
+        await answer(sock, code)
+        raise
+
+
+async def answer(sock: socket.socket, code: AnswerCode) -> None:
+    with contextlib.suppress(OSError):
+        await asyncio.get_running_loop().sock_sendall(sock, Answer(code).encode())

@@ -1,0 +1,203 @@
+"""Two daemons on this host and guests beside them, as processes: what demo, bench and the tests stand on.
+
+Everything lives in one temporary directory and is ended by its own process id, also after a failure.
+"""
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from migrate.client import DaemonClient
+from migrate.errors import DeadlineError, PostcopyError
+from migrate.session import MigrationStatus
+
+# -P: this interpreter's installed package, whatever the current directory holds.
+COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "migrate")
+START_DEADLINE_SECONDS = 20.0
+END_DEADLINE_SECONDS = 10.0
+
+
+class Process:
+    """A child that is always reaped. Its standard output is read as JSON lines; its log goes to a file."""
+
+    def __init__(self, name: str, arguments: Sequence[str], log_path: Path, environment: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._buffer = b""
+        self.events: list[dict[str, Any]] = []
+        with log_path.open("ab") as log_file:
+            self._process = subprocess.Popen(
+                [*COMMAND, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log_file,
+                env={**os.environ, **(environment or {})},
+                cwd=log_path.parent,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.poll()
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def event(self, *names: str, deadline_seconds: float = START_DEADLINE_SECONDS) -> dict[str, Any]:
+        """The next event of one of these names; earlier ones are consumed. Raises DeadlineError, PostcopyError (ended)."""
+        deadline = time.monotonic() + deadline_seconds
+        stdout = self._process.stdout
+        assert stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while True:
+                while self.events:
+                    event = self.events.pop(0)
+                    if event["event"] in names:
+                        return event
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise DeadlineError(
+                        f"process {self.name}", expected=f"{names} within {deadline_seconds} s", got=self.log()[-2000:]
+                    )
+                data = os.read(stdout.fileno(), 1 << 20)
+                if not data:
+                    raise PostcopyError(f"process {self.name}", expected=f"{names}", got=f"its end: {self.log()[-2000:]}")
+                *lines, self._buffer = (self._buffer + data).split(b"\n")
+                self.events += [json.loads(line) for line in lines]
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def wait(self, deadline_seconds: float = END_DEADLINE_SECONDS) -> int:
+        try:
+            return self._process.wait(deadline_seconds)
+        except subprocess.TimeoutExpired:
+            raise DeadlineError(
+                f"process {self.name}", expected=f"its end within {deadline_seconds} s", got="still running"
+            ) from None
+
+    def end(self, deadline_seconds: float = END_DEADLINE_SECONDS) -> None:
+        """SIGTERM, then SIGKILL; reaped when this returns."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(deadline_seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
+class DaemonProcess(Process):
+    """One daemon; ready when the constructor returns (it says so by sd_notify)."""
+
+    def __init__(self, directory: Path, role: str, arguments: Sequence[str] = (), *, listens: bool = True) -> None:
+        self.runtime_dir = directory / role
+        notify_path = directory / f"{role}.notify"
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+            notify_socket.bind(str(notify_path))
+            notify_socket.settimeout(START_DEADLINE_SECONDS)
+            kind = "destination" if listens else "source"
+            listen = ["--listen", "127.0.0.1:0"] if listens else []
+            options = ["--runtime-dir", str(self.runtime_dir), "--metrics", "127.0.0.1:0", *listen, *arguments]
+            super().__init__(role, [kind, *options], directory / f"{role}.log", {"NOTIFY_SOCKET": str(notify_path)})
+            try:
+                while b"READY=1" not in notify_socket.recv(4096):
+                    pass
+            except TimeoutError:
+                self.kill()
+                raise DeadlineError(f"daemon {role}", expected="ready", got=self.log()[-2000:]) from None
+            finally:
+                notify_path.unlink(missing_ok=True)
+        self.info: dict[str, Any] = json.loads((self.runtime_dir / "daemon.json").read_text())
+
+    @property
+    def address(self) -> str:
+        return str(self.info["migration_address"])
+
+    @property
+    def metrics_address(self) -> str:
+        return str(self.info["metrics_address"])
+
+    def client(self) -> DaemonClient:
+        return DaemonClient(self.runtime_dir)
+
+
+class Pair:
+    """``with Pair() as pair``: ``pair.source`` and ``pair.destination``, both able to take guests; ``pair.guest(…)``."""
+
+    def __init__(self, *, arguments: Sequence[str] = ()) -> None:
+        self._arguments = arguments
+        self._children: list[Process] = []
+
+    def __enter__(self) -> Self:
+        self.directory = Path(tempfile.mkdtemp(prefix="postcopy-"))
+        try:
+            self.source = self.daemon("source")
+            self.destination = self.daemon("destination")
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        guests = [child for child in self._children if not isinstance(child, DaemonProcess)]
+        for child in guests:
+            child.kill()
+        for child in self._children:
+            if child.returncode is None:
+                child.signal(signal.SIGTERM)
+        for child in self._children:
+            if child.returncode is None:
+                child.signal(signal.SIGTERM)  # a stalled migration does not hold us up
+            child.end()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def daemon(self, role: str) -> DaemonProcess:
+        child = DaemonProcess(self.directory, role, self._arguments)
+        self._children.append(child)
+        return child
+
+    def guest(self, daemon: DaemonProcess, guest_id: str, memory: str, *options: str, waiting: bool = False) -> Process:
+        """A workload guest, attached when this returns."""
+        arguments = ["guest", "workload", "--id", guest_id, "--daemon", str(daemon.runtime_dir), "--memory", memory, *options]
+        child = Process(guest_id, [*arguments, *(["--waiting"] if waiting else [])], self.directory / f"{guest_id}.log")
+        self._children.append(child)
+        child.event("waiting" if waiting else "started")
+        return child
+
+    def move(
+        self, guest_id: str, leaves: DaemonProcess, reaches: DaemonProcess, *, bulk: bool = True, deadline_seconds: float = 60
+    ) -> MigrationStatus:
+        """Migrate and wait until it has settled; away from one daemon, to the other."""
+        with leaves.client() as client:
+            status = client.migrate(guest_id, reaches.address, bulk=bulk)
+            return wait_settled(client, status.id, deadline_seconds)
+
+
+def wait_settled(client: DaemonClient, migration_id: str, deadline_seconds: float = 60) -> MigrationStatus:
+    """Until the migration has ended or stalled. Raises DeadlineError."""
+    status = client.status(migration_id, settled_within_seconds=deadline_seconds)
+    if not status.settled:
+        raise DeadlineError(f"migration {migration_id}", expected=f"an end within {deadline_seconds} s", got=status.state)
+    return status

@@ -1,0 +1,221 @@
+"""One migration as a daemon keeps it, in either role: its state, figures and end, readable at any time."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import structlog
+from pydantic import BaseModel, ConfigDict
+
+from migrate.clock import monotonic_ns
+from migrate.dataplane import LoopResult, LoopThread
+from migrate.errors import NotCancellableError, PostcopyError
+from proto.errors import ProtocolError
+from proto.messages import FaultKind, LatencySummary
+from proto.states import ENDED, SETTLED, Event, Role, State, advance
+
+log = structlog.get_logger("postcopy.migration")
+_T = TypeVar("_T")
+
+
+class ErrorFacts(BaseModel):
+    """An error as the API tells it."""
+
+    code: str
+    what: str
+    expected: str
+    got: str
+
+
+class FaultLatency(BaseModel):
+    """Of one kind of fault, as the destination's handler sees it."""
+
+    count: int
+    p50_seconds: float
+    p99_seconds: float
+    max_seconds: float
+
+    @classmethod
+    def of(cls, summary: LatencySummary) -> "FaultLatency":
+        return cls(
+            count=summary.count,
+            p50_seconds=summary.p50_ns / 1e9,
+            p99_seconds=summary.p99_ns / 1e9,
+            max_seconds=summary.max_ns / 1e9,
+        )
+
+
+class MigrationStatus(BaseModel):
+    """A migration at one moment; base units. ``downtime_seconds`` is the guest's: last step there to first step here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    role: str
+    guest_id: str
+    peer: str
+    state: str
+    ended: bool
+    settled: bool
+    pages_total: int
+    pages_done: int
+    pages: dict[str, int]
+    bytes_moved: int
+    faults_count: int
+    faults: dict[str, FaultLatency]
+    elapsed_seconds: float
+    bytes_per_second: float
+    eta_seconds: float | None
+    downtime_seconds: float | None
+    downtime_uncertainty_seconds: float
+    error: ErrorFacts | None
+    timeline_seconds: dict[str, float]
+
+
+class Migration:
+    """What both roles share. Subclasses drive it in ``run``, which never raises."""
+
+    role: Role
+
+    def __init__(self, migration_id: bytes, guest_id: str, peer: str, on_end: Callable[["Migration"], None]) -> None:
+        self.migration_id = migration_id
+        self.guest_id = guest_id
+        self.peer = peer
+        self.state = State.NEW
+        self.epoch = 0
+        self.error: ErrorFacts | None = None
+        self.pages_total = 0
+        self.downtime_ns: int | None = None
+        self.downtime_uncertainty_ns = 0
+        self.faults: dict[FaultKind, LatencySummary] = {}
+        self.task: asyncio.Task[None] | None = None
+        self._on_end = on_end
+        self._started_ns = monotonic_ns()
+        self._ended_ns: int | None = None
+        self._timeline: dict[str, int] = {}
+        self._threads: list[LoopThread] = []
+        self._loop = asyncio.get_running_loop()
+        self._settled = asyncio.Event()
+        self.log = log.bind(migration=self.id, guest=guest_id, role=str(self.role))
+
+    @property
+    def id(self) -> str:
+        return self.migration_id.hex()
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+    @property
+    def settled(self) -> bool:
+        """Nothing more will happen by itself."""
+        return self.state in SETTLED
+
+    def advance(self, event: Event) -> None:
+        self.state = advance(self.role, self.state, event)
+        self._timeline.setdefault(str(self.state), monotonic_ns())
+
+    def end(self, error: Exception | None = None) -> None:
+        """After the last ``advance``: keep what is to be known and tell the daemon."""
+        self._ended_ns = monotonic_ns()
+        if error is not None:
+            self.error = error_facts(error)
+        self._settled.set()
+        self._on_end(self)
+
+    async def wait_settled(self, seconds: float) -> None:
+        """Until it has ended or stalled, or that long."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._settled.wait(), seconds)
+
+    def start_loop(self, name: str, run: Callable[[], LoopResult]) -> None:
+        """A C loop on a thread of its own; ``loop_ended`` is told on the event loop."""
+        self._threads.append(LoopThread(name, run, lambda result: _post(self._loop, lambda: self.loop_ended(result))))
+
+    def join_loops(self) -> None:
+        """After the plane has been told to stop; takes microseconds."""
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def loop_ended(self, result: LoopResult) -> None:
+        raise NotImplementedError
+
+    def cancel(self, reason: str) -> None:
+        """Only the source can, and only before the switchover. Raises NotCancellableError."""
+        raise NotCancellableError(
+            f"migration {self.id}", expected="to be asked at the source", got=f"{reason} at the {self.role}"
+        )
+
+    def figures(self) -> dict[str, int]:
+        """The C side's counters, live or as they were at the end."""
+        raise NotImplementedError
+
+    def pages_done(self) -> int:
+        raise NotImplementedError
+
+    def pages_by_path(self) -> dict[str, int]:
+        raise NotImplementedError
+
+    def faults_count(self) -> int:
+        raise NotImplementedError
+
+    def status(self) -> MigrationStatus:
+        now_ns = self._ended_ns or monotonic_ns()
+        figures = self.figures()
+        moved_bytes = figures.get("bytes_urgent", 0) + figures.get("bytes_bulk", 0)
+        since_ns = self._timeline.get("switchover", now_ns)
+        streaming_seconds = max(now_ns - since_ns, 0) / 1e9
+        done = self.pages_done()
+        rate = done / streaming_seconds if streaming_seconds > 0 else 0.0
+        left = self.pages_total - done
+        return MigrationStatus(
+            id=self.id,
+            role=str(self.role),
+            guest_id=self.guest_id,
+            peer=self.peer,
+            state=str(self.state),
+            ended=self.ended,
+            settled=self.settled,
+            pages_total=self.pages_total,
+            pages_done=done,
+            pages=self.pages_by_path(),
+            bytes_moved=moved_bytes,
+            faults_count=self.faults_count(),
+            faults={kind: FaultLatency.of(summary) for kind, summary in self.faults.items()},
+            elapsed_seconds=(now_ns - self._started_ns) / 1e9,
+            bytes_per_second=moved_bytes / streaming_seconds if streaming_seconds > 0 else 0.0,
+            eta_seconds=left / rate if rate > 0 and not self.settled else None,
+            downtime_seconds=None if self.downtime_ns is None else self.downtime_ns / 1e9,
+            downtime_uncertainty_seconds=self.downtime_uncertainty_ns / 1e9,
+            error=self.error,
+            timeline_seconds={state: (at_ns - self._started_ns) / 1e9 for state, at_ns in self._timeline.items()},
+        )
+
+
+def error_facts(error: Exception) -> ErrorFacts:
+    if isinstance(error, PostcopyError | ProtocolError):
+        return ErrorFacts(code=error.code, what=error.what, expected=error.expected, got=error.got)
+    code = "connection-failed" if isinstance(error, OSError) else "internal"
+    return ErrorFacts(code=code, what=f"{type(error).__name__}: {error}", expected="", got="")
+
+
+def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
+    """From a loop's thread; a daemon that has ended meanwhile no longer listens."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(call)
+
+
+async def on_own_thread(name: str, function: Callable[[], LoopResult]) -> LoopResult:
+    """Run a blocking C call on a thread of its own and wait for its result."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[LoopResult] = loop.create_future()
+
+    def deliver(result: LoopResult) -> None:
+        if not future.done():
+            future.set_result(result)
+
+    LoopThread(name, function, lambda result: _post(loop, lambda: deliver(result)))
+    return await future

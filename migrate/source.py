@@ -1,0 +1,273 @@
+"""The source's half of a migration: offer, connect, switch over, serve pages until the destination has them all.
+
+Not handled yet: precopy (the state has its place), more than one bulk connection, recovery of a lost connection. A
+migration that loses one after the switchover is STALLED: the guest stays paused here, its pages kept.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+
+from migrate import __version__
+from migrate.clock import PINGS, SAME_CLOCK, clock_id
+from migrate.control import ControlConnection
+from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
+from migrate.errors import (
+    ConnectionLostError,
+    GuestGoneError,
+    NotCancellableError,
+    PauseFailedError,
+    PeerRefusedError,
+    PostcopyError,
+)
+from migrate.guest_link import GuestLink, GuestState
+from migrate.network import Address, connect, greet
+from migrate.session import Migration
+from migrate.switchover import Quiet
+from proto.errors import ProtocolError
+from proto.messages import (
+    Aborted,
+    Accept,
+    Cancel,
+    Complete,
+    GuestReleased,
+    Offer,
+    OfferedRegion,
+    Pause,
+    Paused,
+    PauseFailed,
+    Prepare,
+    Prepared,
+    Progress,
+    Ready,
+    Released,
+    Resume,
+    Running,
+    Switchover,
+)
+from proto.preamble import NO_TOKEN, ConnectionKind, Preamble
+from proto.states import CANCELLABLE, Event, Role, State
+
+ANSWER_DEADLINE_SECONDS = 10.0
+PAUSE_DEADLINE_SECONDS = 1.0
+
+
+class SourceMigration(Migration):
+    """Drives one guest away. ``run`` ends when the migration has ended or is STALLED."""
+
+    role = Role.SOURCE
+
+    def __init__(
+        self, guest: GuestLink, address: Address, quiet: Quiet, on_end: Callable[[Migration], None], *, bulk: bool = True
+    ) -> None:
+        super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
+        self.guest = guest
+        self.bulk = bulk
+        self._address = address
+        self._quiet = quiet
+        self._control: ControlConnection | None = None
+        self._plane: SourcePlane | None = None
+        self._figures: dict[str, int] = {}
+        self._sockets: list[socket.socket] = []
+        self._clock = SAME_CLOCK
+        self._paused = False
+        self._cancel_reason: str | None = None
+        self._faults_there = 0
+        self._pages_there = 0
+
+    # --- the way of a migration -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        error: Exception | None = None
+        try:
+            await self._connect()
+            await self._attach()
+            await self._switch_over()
+            await self._serve_until_complete()
+        except asyncio.CancelledError:
+            error = self._cancelled()
+        except (PostcopyError, ProtocolError, OSError) as raised:
+            error = raised
+            self._failed(raised)
+        finally:
+            self._close()
+            self.end(error)
+
+    async def _connect(self) -> None:
+        self.guest.state = GuestState.LEAVING
+        self.guest.on_failed = self._guest_failed
+        self.advance(Event.CONNECT)
+        self._plane = SourcePlane(self.guest.regions)
+        self.pages_total = self._plane.figures()["pages_total"]
+        sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
+        _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
+        assert self.guest.hello is not None
+        regions = [OfferedRegion(size_bytes=r.size_bytes, page_bytes=r.page_bytes) for r in self.guest.hello.regions]
+        our_clock = clock_id()
+        self._control.send(Offer(guest_id=self.guest_id, regions=regions, clock_id=our_clock, software=f"postcopy {__version__}"))
+        accept = await self._control.receive(Accept, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        self.advance(Event.ACCEPTED)
+        self._token = accept.token
+        if accept.clock_id != our_clock:
+            self._clock = await self._control.measure_clock(PINGS, ANSWER_DEADLINE_SECONDS)
+
+    async def _attach(self) -> None:
+        assert self._control is not None
+        assert self._plane is not None
+        plane = self._plane
+        urgent = await self._dial(ConnectionKind.URGENT, self._token)
+        bulk = await self._dial(ConnectionKind.BULK, self._token)
+        self._sockets = [urgent, bulk]
+        self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
+        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))
+        await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        self.advance(Event.ATTACHED)
+
+    async def _switch_over(self) -> None:
+        """Pause here, run there: the guest stands still between the first and the last line of the block."""
+        assert self._control is not None
+        assert self._plane is not None
+        async with self._quiet:
+            self.advance(Event.PREPARE)
+            self._control.send(Prepare(clock_offset_ns=self._clock.offset_ns, clock_uncertainty_ns=self._clock.uncertainty_ns))
+            await self._control.receive(Prepared, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+            self.advance(Event.PAUSE)
+            paused = await self._pause_guest()
+            # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
+            self.advance(Event.SWITCHOVER_RECORDED)
+            self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
+            self._plane.open()
+            answer = await self._control.receive(Running, Aborted, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        if isinstance(answer, Aborted):
+            raise PeerRefusedError("destination", expected="to resume the guest", got=answer.reason, code="aborted")
+        self.advance(Event.RUNNING)
+        self.log.info("guest runs at the destination", peer=self.peer)
+
+    async def _pause_guest(self) -> Paused:
+        self._paused = True  # from when it may be: undone by resume
+        request = Pause(deadline_ms=int(PAUSE_DEADLINE_SECONDS * 1000))
+        answer = await self.guest.request(request, Paused, PauseFailed, deadline_seconds=2 * PAUSE_DEADLINE_SECONDS)
+        if isinstance(answer, PauseFailed):
+            raise PauseFailedError(f"guest {self.guest_id}", expected="to pause", got=answer.reason)
+        return answer
+
+    async def _serve_until_complete(self) -> None:
+        assert self._control is not None
+        assert self._plane is not None
+        if self.bulk:
+            self._plane.open_bulk()
+        while True:
+            message = await self._control.receive(Progress, Complete)
+            self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
+            if isinstance(message, Complete):
+                break
+            self._faults_there, self._pages_there = message.faults, message.pages_present
+        self.faults = dict(message.faults)
+        self._faults_there = sum(summary.count for summary in message.faults.values())
+        self._pages_there = self.pages_total
+        self.advance(Event.COMPLETE)
+        self._control.send(Released())
+        self.guest.send(GuestReleased())
+        self.guest.close()
+        self.guest.release()
+        self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
+
+    async def _dial(self, kind: ConnectionKind, token: bytes) -> socket.socket:
+        sock = await connect(self._address, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        await greet(sock, Preamble(kind, self.migration_id, self.epoch, token=token), ANSWER_DEADLINE_SECONDS)
+        return sock
+
+    # --- what can go wrong ------------------------------------------------------------------------------------------
+
+    def cancel(self, reason: str) -> None:
+        """Raises NotCancellableError once the guest has been told to pause."""
+        if self.state not in CANCELLABLE or self.task is None:
+            raise NotCancellableError(f"migration {self.id}", expected="a state before the switchover", got=str(self.state))
+        self._cancel_reason = reason
+        self.task.cancel()
+
+    def loop_ended(self, result: LoopResult) -> None:
+        if result.reason in ("stopped", "finished") or self._control is None:
+            return
+        error = result.error()
+        if result.reason in PEER_FAULTS:
+            self._control.refuse(error)
+        elif result.reason != "peer-closed":
+            self._control.fail(error)
+        else:  # the destination closes data connections only after `released`; its reason may be on the way by control
+            lost = ConnectionLostError(f"{result.loop} connection", expected="to stay", got=str(error))
+            self._loop.call_later(1.0, self._control.fail, lost)
+
+    def guest_gone(self) -> None:
+        """Before the switchover this ends the migration; after it the daemon still holds the memory."""
+        if self._control is not None and self.state in CANCELLABLE:
+            self._control.fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
+
+    def _guest_failed(self, error: PostcopyError) -> None:
+        if self._control is not None and self.state in CANCELLABLE:
+            self._control.fail(error)
+
+    def _cancelled(self) -> PostcopyError:
+        reason = self._cancel_reason or "the daemon is ending"
+        if self.state not in CANCELLABLE:  # the daemon ends at once (second SIGTERM) in the middle of a switchover or later
+            ending = PostcopyError(reason, code="daemon-ended")
+            self._failed(ending)
+            return ending
+        self.advance(Event.CANCEL)
+        if self._control is not None:
+            self._control.send(Cancel(reason=reason))
+        self._guest_runs_on()
+        self.log.info("migration cancelled", reason=reason)
+        return PostcopyError(f"cancelled: {reason}", code="cancelled")
+
+    def _failed(self, error: Exception) -> None:
+        aborted = isinstance(error, PeerRefusedError) and error.code == "aborted"
+        if self.state in (State.SWITCHOVER, State.POSTCOPY) and not (aborted and self.state is State.SWITCHOVER):
+            self.advance(Event.LOST)
+            self.log.error("migration stalled: the guest stays paused here, its pages kept", reason=str(error), peer=self.peer)
+            return
+        if self._control is not None and not aborted:
+            self._control.refuse(error)
+        self.advance(Event.ABORT if aborted else Event.FAILURE)
+        self._guest_runs_on()
+        self.log.warning("migration failed: the guest runs on here", reason=str(error), peer=self.peer)
+
+    def _guest_runs_on(self) -> None:
+        if self._paused:
+            self.guest.send(Resume(epoch=self.epoch, state=None))
+        self._paused = False
+        self.guest.on_failed = None
+        self.guest.state = GuestState.RUNNING
+
+    def _close(self) -> None:
+        self._figures = self.figures()
+        if self._plane is not None:
+            self._plane.stop()
+            self.join_loops()
+            self._figures = self._plane.figures()
+            self._plane.close()
+            self._plane = None
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.close()
+        if self._control is not None:
+            self._control.close()
+
+    # --- figures ----------------------------------------------------------------------------------------------------
+
+    def figures(self) -> dict[str, int]:
+        return self._plane.figures() if self._plane is not None else self._figures
+
+    def pages_done(self) -> int:
+        figures = self.figures()
+        return self.pages_total if self.state is State.COMPLETE else figures.get("pages_sent", 0)
+
+    def pages_by_path(self) -> dict[str, int]:
+        figures = self.figures()
+        zero = figures.get("pages_zero_urgent", 0) + figures.get("pages_zero_bulk", 0)
+        return {"urgent": figures.get("pages_urgent", 0), "bulk": figures.get("pages_bulk", 0), "zero": zero}
+
+    def faults_count(self) -> int:
+        return max(self._faults_there, self.figures().get("requests", 0))

@@ -1,0 +1,34 @@
+"""The milliseconds of a switchover: no other Python runs in the daemon meanwhile.
+
+Between ``prepare`` and ``running`` scrapes and API calls wait at the gate, and the garbage collector is off. Nothing that
+happens inside may grow with guest memory (P7).
+"""
+
+import asyncio
+import gc
+from types import TracebackType
+
+
+class Quiet:
+    """``async with quiet`` around a switchover; everything that can wait calls ``await quiet.wait()`` first."""
+
+    def __init__(self) -> None:
+        self._holders = 0
+        self._free = asyncio.Event()
+        self._free.set()
+
+    async def __aenter__(self) -> None:
+        self._holders += 1
+        self._free.clear()
+        gc.disable()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._holders -= 1
+        if self._holders == 0:
+            gc.enable()
+            self._free.set()
+
+    async def wait(self) -> None:
+        await self._free.wait()

@@ -1,0 +1,99 @@
+"""The states of a migration in both roles, and the one function that changes them. Diagrams: PROTOCOL.md.
+
+A state not yet reached by any transition (PRECOPY) keeps its place for precopy.
+"""
+
+from enum import StrEnum
+
+from proto.errors import IllegalTransitionError
+
+
+class Role(StrEnum):
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class State(StrEnum):
+    NEW = "new"
+    CONNECTING = "connecting"  # source: TCP and preamble; offer sent
+    ATTACHING = "attaching"  # accepted: urgent and bulk connections are being made
+    READY = "ready"  # all connections stand; source: the guest runs here; destination: waits
+    PRECOPY = "precopy"  # reserved
+    PREPARING = "preparing"  # everything else is held back for the switchover
+    PAUSING = "pausing"  # source: the guest has been told to pause
+    SWITCHOVER = "switchover"  # source: the message may have been sent. destination: resume may have been sent
+    POSTCOPY = "postcopy"  # the guest runs at the destination
+    STALLED = "stalled"  # a connection was lost after the switchover; nobody resumes, pages wait
+    COMPLETE = "complete"
+    FAILED = "failed"  # before the switchover, or aborted: the guest runs on at the source
+    CANCELLED = "cancelled"
+    ABORTED = "aborted"  # destination: decided and recorded that it never resumes this epoch
+
+
+class Event(StrEnum):
+    CONNECT = "connect"
+    OFFERED = "offered"
+    ACCEPTED = "accepted"
+    ATTACHED = "attached"
+    PREPARE = "prepare"
+    PAUSE = "pause"
+    SWITCHOVER_RECORDED = "switchover_recorded"
+    RESUME_RECORDED = "resume_recorded"
+    RUNNING = "running"
+    COMPLETE = "complete"
+    CANCEL = "cancel"
+    FAILURE = "failure"  # anything that ends the attempt while the destination cannot have been told to run
+    LOST = "lost"  # a connection or the peer's answer, when it can
+    ABORT = "abort"  # the destination will never resume this epoch
+
+
+S, E = State, Event
+TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
+    Role.SOURCE: {
+        (S.NEW, E.CONNECT): S.CONNECTING,
+        (S.CONNECTING, E.ACCEPTED): S.ATTACHING,
+        (S.ATTACHING, E.ATTACHED): S.READY,
+        (S.READY, E.PREPARE): S.PREPARING,
+        (S.PREPARING, E.PAUSE): S.PAUSING,
+        (S.PAUSING, E.SWITCHOVER_RECORDED): S.SWITCHOVER,
+        (S.SWITCHOVER, E.RUNNING): S.POSTCOPY,
+        (S.SWITCHOVER, E.ABORT): S.FAILED,
+        (S.SWITCHOVER, E.LOST): S.STALLED,
+        (S.POSTCOPY, E.LOST): S.STALLED,
+        (S.POSTCOPY, E.COMPLETE): S.COMPLETE,
+        **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.CONNECTING, S.ATTACHING, S.READY, S.PREPARING, S.PAUSING)},
+        **{(state, E.CANCEL): S.CANCELLED for state in (S.NEW, S.CONNECTING, S.ATTACHING, S.READY, S.PREPARING)},
+    },
+    Role.DESTINATION: {
+        (S.NEW, E.OFFERED): S.ATTACHING,
+        (S.ATTACHING, E.ATTACHED): S.READY,
+        (S.READY, E.PREPARE): S.PREPARING,
+        (S.PREPARING, E.RESUME_RECORDED): S.SWITCHOVER,
+        (S.PREPARING, E.ABORT): S.ABORTED,
+        (S.SWITCHOVER, E.RUNNING): S.POSTCOPY,
+        (S.SWITCHOVER, E.ABORT): S.ABORTED,
+        (S.SWITCHOVER, E.LOST): S.STALLED,
+        (S.POSTCOPY, E.LOST): S.STALLED,
+        (S.POSTCOPY, E.COMPLETE): S.COMPLETE,
+        **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.ATTACHING, S.READY, S.PREPARING)},
+        **{(state, E.CANCEL): S.CANCELLED for state in (S.ATTACHING, S.READY, S.PREPARING)},
+    },
+}
+
+ENDED = frozenset({S.COMPLETE, S.FAILED, S.CANCELLED, S.ABORTED})
+"""Nothing of the migration is left to do; a STALLED one is not ended."""
+
+SETTLED = ENDED | {S.STALLED}
+"""Nothing more will happen by itself."""
+
+CANCELLABLE = frozenset(state for (state, event) in TRANSITIONS[Role.SOURCE] if event is E.CANCEL)
+AFTER_SWITCHOVER = frozenset({S.SWITCHOVER, S.POSTCOPY, S.STALLED})
+"""The source must not resume its guest in these (promise P4); only the destination's ABORT leads out to FAILED."""
+
+
+def advance(role: Role, state: State, event: Event) -> State:
+    """The next state. Raises IllegalTransitionError for an event that the table does not have."""
+    try:
+        return TRANSITIONS[role][state, event]
+    except KeyError:
+        raise IllegalTransitionError(role, state, event) from None

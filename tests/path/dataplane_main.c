@@ -1,0 +1,373 @@
+/* The data plane without Python: the same objects under a plain C main, so that sanitizers see every loop.
+ *   dataplane-main SCENARIO...   moves | faults-only | late-copies | hugetlb | bad-frames
+ * One process holds both halves and the guest's threads (that is safe in C; in Python it would deadlock on the GIL).
+ * Exit 0: all that was asked for held. 77: the machine lacks it (hugetlb). */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "channel.h"
+#include "dataplane.h"
+#include "frame.h"
+#include "pages.h"
+#include "uffd.h"
+#include "../../migrate/dataplane/kernel.h"
+
+#define CHECK(condition)                                                                    \
+    do {                                                                                    \
+        if (!(condition)) {                                                                 \
+            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
+            exit(1);                                                                        \
+        }                                                                                   \
+    } while (0)
+
+#define TOUCHERS 2
+
+struct move {
+    uint64_t page_count, page_bytes;
+    bool hugetlb;
+    int source_fd, destination_fd, userfaultfd;
+    char *guest;
+    int urgent[2], bulk[2]; /* [0] destination's end, [1] source's */
+    struct destination *destination;
+    struct source *source;
+    struct loop_result fault_result, receive_result, serve_result, stream_result;
+    pthread_t fault, receive, serve, stream;
+    bool with_bulk;
+};
+
+/* What page i holds at the source: a stamp in every word, or zeroes for every fourth page. */
+static uint64_t stamp(uint64_t page)
+{
+    return page % 4 == 3 ? 0 : (page + 1) * UINT64_C(0x9e3779b97f4a7c15);
+}
+
+static int memory_file(const struct move *move)
+{
+    int fd = memfd_create("dataplane-main", MFD_CLOEXEC | MFD_ALLOW_SEALING | (move->hugetlb ? MFD_HUGETLB : 0));
+    if (fd < 0 && move->hugetlb)
+        exit(77);
+    CHECK(fd >= 0 && ftruncate(fd, (off_t)(move->page_count * move->page_bytes)) == 0);
+    return fd;
+}
+
+static void fill_source(struct move *move)
+{
+    size_t size_bytes = move->page_count * move->page_bytes;
+    char *memory = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, move->source_fd, 0);
+    if (memory == MAP_FAILED && move->hugetlb)
+        exit(77);
+    CHECK(memory != MAP_FAILED);
+    for (uint64_t page = 0; page < move->page_count; page++)
+        for (uint64_t word = 0; stamp(page) != 0 && word < move->page_bytes / 8; word++)
+            ((uint64_t *)(memory + page * move->page_bytes))[word] = stamp(page);
+    munmap(memory, size_bytes);
+}
+
+static void *run_fault(void *of)
+{
+    struct move *move = of;
+    fault_loop(move->destination, move->urgent[0], &move->fault_result);
+    return NULL;
+}
+static void *run_receive(void *of)
+{
+    struct move *move = of;
+    receive_loop(move->destination, move->bulk[0], &move->receive_result);
+    return NULL;
+}
+static void *run_serve(void *of)
+{
+    struct move *move = of;
+    serve_loop(move->source, move->urgent[1], &move->serve_result);
+    return NULL;
+}
+static void *run_stream(void *of)
+{
+    struct move *move = of;
+    stream_loop(move->source, move->bulk[1], &move->stream_result);
+    return NULL;
+}
+
+static void move_begin(struct move *move)
+{
+    size_t size_bytes = move->page_count * move->page_bytes;
+    move->source_fd = memory_file(move);
+    move->destination_fd = memory_file(move);
+    fill_source(move);
+    move->guest = mapping_reserve(size_bytes);
+    CHECK(move->guest && mapping_place(move->guest, size_bytes, move->destination_fd, 0) == 0);
+    struct uffd_opened opened;
+    uffd_open(1, &opened);
+    CHECK(opened.fd >= 0);
+    move->userfaultfd = opened.fd;
+    uint64_t features = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS, ioctls;
+    CHECK(uffd_api(move->userfaultfd, &features) == 0);
+    CHECK(uffd_register(move->userfaultfd, (uint64_t)(uintptr_t)move->guest, size_bytes,
+                        UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR, &ioctls) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, move->urgent) == 0);
+    CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, move->bulk) == 0);
+    struct memory_region region = {.guest_address = (uint64_t)(uintptr_t)move->guest, .size_bytes = size_bytes,
+                                   .page_bytes = (uint32_t)move->page_bytes, .memory_fd = move->destination_fd};
+    int error_number = 0;
+    move->destination = destination_create(&region, 1, move->userfaultfd, &error_number);
+    CHECK(move->destination);
+    region.memory_fd = move->source_fd;
+    move->source = source_create(&region, 1, &error_number);
+    CHECK(move->source);
+}
+
+static void loops_begin(struct move *move)
+{
+    pthread_create(&move->fault, NULL, run_fault, move);
+    pthread_create(&move->receive, NULL, run_receive, move);
+    pthread_create(&move->serve, NULL, run_serve, move);
+    pthread_create(&move->stream, NULL, run_stream, move);
+    source_open(move->source);
+    if (move->with_bulk)
+        source_open_bulk(move->source);
+}
+
+static void loops_end(struct move *move)
+{
+    destination_stop(move->destination);
+    pthread_join(move->fault, NULL);
+    pthread_join(move->receive, NULL);
+    source_stop(move->source);
+    pthread_join(move->serve, NULL);
+    pthread_join(move->stream, NULL);
+}
+
+static void wait_final(struct move *move)
+{
+    uint64_t value;
+    struct loop_result ignored;
+    int fd = destination_final_fd(move->destination);
+
+    CHECK(wait_ready(fd, 1 /* POLLIN */, -1, &ignored));
+    CHECK(read(fd, &value, sizeof(value)) == sizeof(value));
+}
+
+static void move_end(struct move *move)
+{
+    munmap(move->guest, move->page_count * move->page_bytes);
+    destination_destroy(move->destination);
+    source_destroy(move->source);
+    int descriptors[] = {move->source_fd, move->destination_fd, move->userfaultfd,
+                         move->urgent[0], move->urgent[1], move->bulk[0], move->bulk[1]};
+    for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
+        close(descriptors[i]);
+}
+
+struct toucher {
+    struct move *move;
+    uint64_t seed;
+    pthread_t thread;
+};
+
+/* Touch all pages of this toucher's half in a scattered order: check them and write a mark into word 1. */
+static void *run_toucher(void *of)
+{
+    struct toucher *toucher = of;
+    struct move *move = toucher->move;
+    uint64_t half = move->page_count / TOUCHERS;
+    for (uint64_t i = 0; i < half; i++) {
+        uint64_t page = (i * 7919 + toucher->seed) % half * TOUCHERS + toucher->seed;
+        volatile uint64_t *words = (volatile uint64_t *)(move->guest + page * move->page_bytes);
+        CHECK(words[0] == stamp(page));
+        words[1] = ~page;
+        CHECK(words[move->page_bytes / 8 - 1] == stamp(page));
+    }
+    return NULL;
+}
+
+static void touch_all(struct move *move)
+{
+    struct toucher touchers[TOUCHERS];
+    for (uint64_t i = 0; i < TOUCHERS; i++) {
+        touchers[i] = (struct toucher){.move = move, .seed = i};
+        pthread_create(&touchers[i].thread, NULL, run_toucher, &touchers[i]);
+    }
+    for (uint64_t i = 0; i < TOUCHERS; i++)
+        pthread_join(touchers[i].thread, NULL);
+}
+
+/* Every page as the guest left it: its mark, and the source's bytes around it. */
+static void check_all(const struct move *move)
+{
+    for (uint64_t page = 0; page < move->page_count; page++) {
+        const uint64_t *words = (const uint64_t *)(move->guest + page * move->page_bytes);
+        CHECK(words[1] == ~page);
+        for (uint64_t word = 0; word < move->page_bytes / 8; word++)
+            CHECK(word == 1 || words[word] == stamp(page));
+    }
+}
+
+static void moves(struct move *move)
+{
+    move->with_bulk = true;
+    move_begin(move);
+    loops_begin(move);
+    touch_all(move);
+    wait_final(move);
+    loops_end(move);
+    struct loop_result finished;
+    destination_finish(move->destination, &finished);
+    CHECK(finished.reason == LOOP_FINISHED);
+    CHECK(move->fault_result.reason == LOOP_STOPPED && move->receive_result.reason == LOOP_STOPPED);
+    CHECK(move->serve_result.reason == LOOP_STOPPED && move->stream_result.reason == LOOP_FINISHED);
+    check_all(move);
+    struct destination_figures figures;
+    destination_read(move->destination, &figures);
+    CHECK(figures.pages_urgent + figures.pages_bulk + figures.pages_zero == move->page_count);
+    CHECK(figures.pages_final == move->page_count && figures.faults_untimed == 0);
+    struct source_figures sent;
+    source_read(move->source, &sent);
+    CHECK(sent.pages_sent == move->page_count);
+    move_end(move);
+}
+
+/* No bulk: exactly one fault, one request and one page a page. */
+static void faults_only(struct move *move)
+{
+    move_begin(move);
+    loops_begin(move);
+    touch_all(move);
+    wait_final(move);
+    loops_end(move);
+    struct loop_result finished;
+    destination_finish(move->destination, &finished);
+    CHECK(finished.reason == LOOP_FINISHED);
+    check_all(move);
+    struct destination_figures figures;
+    destination_read(move->destination, &figures);
+    CHECK(figures.faults_remote == move->page_count && figures.requests_sent == move->page_count);
+    CHECK(figures.pages_urgent + figures.pages_zero == move->page_count);
+    CHECK(figures.pages_dropped == 0 && figures.wakes == 0 && figures.requests_outstanding == 0);
+    struct histogram_copy latency;
+    destination_latency(move->destination, FAULT_REMOTE, &latency);
+    CHECK(latency.count == move->page_count);
+    move_end(move);
+}
+
+static void send_exactly(int socket_fd, const void *bytes, size_t size_bytes)
+{
+    CHECK(send(socket_fd, bytes, size_bytes, MSG_NOSIGNAL) == (ssize_t)size_bytes);
+}
+
+/* P1: every page is fetched by a fault and written by the guest; then all pages come once more by bulk, as a source may
+ * send them. Not one of the guest's writes may be undone. */
+static void late_copies(struct move *move)
+{
+    move_begin(move);
+    loops_begin(move);
+    touch_all(move);
+    char *page_buffer = malloc(move->page_bytes);
+    for (uint64_t page = 0; page < move->page_count; page++) {
+        struct frame_header header = {.magic = FRAME_MAGIC, .kind = stamp(page) ? FRAME_PAGES : FRAME_ZERO, .page_index = page,
+                                      .length_bytes = (uint32_t)move->page_bytes};
+        CHECK(pread(move->source_fd, page_buffer, move->page_bytes, (off_t)(page * move->page_bytes)) == (ssize_t)move->page_bytes);
+        send_exactly(move->bulk[1], &header, sizeof(header));
+        if (stamp(page))
+            send_exactly(move->bulk[1], page_buffer, move->page_bytes);
+    }
+    free(page_buffer);
+    shutdown(move->bulk[1], SHUT_WR); /* the receive loop ends when it has read all of it */
+    pthread_join(move->receive, NULL);
+    CHECK(move->receive_result.reason == LOOP_PEER_CLOSED);
+    destination_stop(move->destination);
+    pthread_join(move->fault, NULL);
+    source_stop(move->source);
+    pthread_join(move->serve, NULL);
+    pthread_join(move->stream, NULL);
+    struct loop_result finished;
+    destination_finish(move->destination, &finished);
+    CHECK(finished.reason == LOOP_FINISHED);
+    check_all(move);
+    struct destination_figures figures;
+    destination_read(move->destination, &figures);
+    CHECK(figures.pages_dropped == move->page_count);
+    move_end(move);
+}
+
+static struct loop_result result_of_bulk_frames(struct move *move, const struct frame_header *frames, size_t frame_count)
+{
+    move_begin(move);
+    send_exactly(move->bulk[1], frames, frame_count * sizeof(*frames));
+    receive_loop(move->destination, move->bulk[0], &move->receive_result);
+    move_end(move);
+    return move->receive_result;
+}
+
+static void bad_frames(struct move *move)
+{
+    struct frame_header good = {.magic = FRAME_MAGIC, .kind = FRAME_ZERO, .page_index = 1, .length_bytes = (uint32_t)move->page_bytes};
+    struct frame_header twice[2] = {good, good};
+    struct loop_result result = result_of_bulk_frames(move, twice, 2);
+    CHECK(result.reason == LOOP_PAGE_DUPLICATE && result.page_index == 1);
+
+    struct {
+        enum frame_field field;
+        struct frame_header frame;
+    } bad[] = {{FRAME_FIELD_MAGIC, good},  {FRAME_FIELD_KIND, good},   {FRAME_FIELD_FLAGS, good}, {FRAME_FIELD_REGION, good},
+               {FRAME_FIELD_OFFSET, good}, {FRAME_FIELD_PAGE_INDEX, good}, {FRAME_FIELD_LENGTH, good}};
+    bad[0].frame.magic = 7;
+    bad[1].frame.kind = FRAME_REQUEST;
+    bad[2].frame.flags = FRAME_FLAG_MORE;
+    bad[3].frame.region = 1;
+    bad[4].frame.offset_bytes = 1;
+    bad[5].frame.page_index = move->page_count;
+    bad[6].frame.length_bytes = (uint32_t)(move->page_bytes * move->page_count); /* one beyond the end, since it starts at 1 */
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        result = result_of_bulk_frames(move, &bad[i].frame, 1);
+        CHECK(result.reason == LOOP_FRAME_INVALID && result.field == bad[i].field);
+    }
+
+    move_begin(move); /* the same frame on the urgent connection answers nothing that was asked */
+    send_exactly(move->urgent[1], &good, sizeof(good));
+    fault_loop(move->destination, move->urgent[0], &move->fault_result);
+    CHECK(move->fault_result.reason == LOOP_PAGE_UNASKED && move->fault_result.page_index == 1);
+    destination_finish(move->destination, &result);
+    CHECK(result.reason == LOOP_INCOMPLETE && result.page_index == 0); /* P3: and nothing was unregistered */
+    move_end(move);
+
+    move_begin(move); /* a request beyond the region ends the serve loop */
+    struct frame_header request = good;
+    request.kind = FRAME_REQUEST;
+    request.page_index = move->page_count + 5;
+    send_exactly(move->urgent[0], &request, sizeof(request));
+    source_open(move->source);
+    serve_loop(move->source, move->urgent[1], &move->serve_result);
+    CHECK(move->serve_result.reason == LOOP_FRAME_INVALID && move->serve_result.field == FRAME_FIELD_PAGE_INDEX);
+    CHECK(move->serve_result.expected == move->page_count && move->serve_result.got == move->page_count + 5);
+    move_end(move);
+}
+
+int main(int argc, char **argv)
+{
+    alarm(110);
+    for (int i = 1; i < argc; i++) {
+        struct move move = {.page_count = 4096, .page_bytes = 4096};
+        if (strcmp(argv[i], "moves") == 0) {
+            moves(&move);
+        } else if (strcmp(argv[i], "faults-only") == 0) {
+            faults_only(&move);
+        } else if (strcmp(argv[i], "late-copies") == 0) {
+            late_copies(&move);
+        } else if (strcmp(argv[i], "hugetlb") == 0) {
+            move = (struct move){.page_count = 16, .page_bytes = 2u << 20, .hugetlb = true};
+            moves(&move);
+        } else if (strcmp(argv[i], "bad-frames") == 0) {
+            bad_frames(&move);
+        } else {
+            fprintf(stderr, "usage: dataplane-main moves|faults-only|late-copies|hugetlb|bad-frames ...\n");
+            return 2;
+        }
+        printf("%s: held\n", argv[i]);
+    }
+    return 0;
+}
