@@ -19,6 +19,7 @@ import structlog
 from migrate.config import make_private
 from migrate.control import ControlConnection
 from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
+from migrate.dataplane import prefer_latency
 from migrate.destination import DestinationMigration
 from migrate.errors import DeadlineError, GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError
 from migrate.guest_link import GuestLink, GuestState
@@ -205,6 +206,7 @@ class Daemon:
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
+        prefer_latency()
         make_private(self.runtime_dir)
         info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
         guests = unix_listener(self.runtime_dir / GUEST_SOCKET)

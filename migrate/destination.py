@@ -168,7 +168,6 @@ class DestinationMigration(Migration):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self.advance(Event.RUNNING)
             self._control.send(Running(epoch=self.epoch))
-        self.log.info("guest runs here", peer=self.peer)
 
     def _check_switchover(self, switchover: Switchover) -> None:
         """The last moment at which this side may say no; it is recorded before it is said (P4)."""
@@ -244,6 +243,8 @@ class DestinationMigration(Migration):
     def _stepped(self, first_step_ns: int) -> None:
         if self._last_step_ns:  # 0: the guest had made no step at the source, or cannot tell
             self.downtime_ns = first_step_ns - (self._last_step_ns + self._clock_offset_ns)
+        if self.state is State.POSTCOPY:
+            self._control.send(self._progress())
 
     def guest_gone(self) -> None:
         self._control.fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))

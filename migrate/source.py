@@ -52,6 +52,8 @@ from proto.states import CANCELLABLE, Event, Role, State
 
 ANSWER_DEADLINE_SECONDS = 10.0
 PAUSE_DEADLINE_SECONDS = 1.0
+FIRST_STEP_SECONDS = 0.005
+"""How long bulk waits for word of the guest's first step at the destination."""
 
 
 class SourceMigration(Migration):
@@ -143,7 +145,6 @@ class SourceMigration(Migration):
         if isinstance(answer, Aborted):
             raise PeerRefusedError("destination", expected="to resume the guest", got=answer.reason, code="aborted")
         self.advance(Event.RUNNING)
-        self.log.info("guest runs at the destination", peer=self.peer)
 
     async def _pause_guest(self) -> Paused:
         self._paused = True  # from when it may be: undone by resume
@@ -157,9 +158,12 @@ class SourceMigration(Migration):
         assert self._control is not None
         assert self._plane is not None
         if self.bulk:
-            self._plane.open_bulk()
+            # Bulk would compete with the demand faults of the guest's first step; it begins behind it.
+            self._loop.call_later(FIRST_STEP_SECONDS, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
+            if self.bulk:
+                self._open_bulk()
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             if isinstance(message, Complete):
                 break
@@ -173,6 +177,10 @@ class SourceMigration(Migration):
         self.guest.close()
         self.guest.release()
         self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
+
+    def _open_bulk(self) -> None:
+        if self._plane is not None:
+            self._plane.open_bulk()
 
     async def _dial(self, kind: ConnectionKind, token: bytes) -> socket.socket:
         sock = await connect(self._address, deadline_seconds=ANSWER_DEADLINE_SECONDS)

@@ -1,22 +1,24 @@
-/* postcopy-floor: what the product's work costs in bare C with nothing but the necessary system calls. The benchmark divides by it.
+/* postcopy-floor: what the product's work costs in bare C with nothing but the necessary system calls. The benchmark divides
+ * by it, so it is as fast as this can honestly be made; what was tried for that stands at the head of each scenario's file.
  *
- *   postcopy-floor fault-idle          [--memory-bytes N] [--touches N] [--seed N]   first touches, nothing else going on
- *   postcopy-floor fault-under-stream  [the same]                                    first touches beside a stream at full rate
- *   postcopy-floor stream              [--memory-bytes N] [--zero-per-mille N] [--seed N]   the whole memory, and what it costs in CPU
- *   postcopy-floor hops                [--moves N]                                   the messages of a switchover, without memory
- *   postcopy-floor warm                --memory-bytes N                              see below
+ *   postcopy-floor fault-idle          first touches, nothing else going on     [--memory-bytes N --touches N --seed N]
+ *   postcopy-floor fault-under-stream  first touches beside a full-rate stream  [the same]
+ *   postcopy-floor stream              the whole memory, and its cost in CPU    [--memory-bytes N --zero-per-mille N --seed N]
+ *   postcopy-floor hops                a switchover's messages, without memory  [--moves N]
+ *   postcopy-floor warm                see below                                [--memory-bytes N]
  *   all: [--deadline-seconds N] [--congestion-control NAME|system]
  *
- * One JSON object on stdout, in seconds, bytes, bytes/second; a histogram is pairs of a bucket's lower bound in ns (histogram.h) and
- * its count. Exit status: 0; 1 with a message on stderr if anything failed or the deadline passed; 2 for wrong usage. Three processes
- * (four for hops) are forked, bound to this one, and reaped by id. One sleeping thread per job, no pinning, no polling. Contents are
- * checked, outside the clock.
+ * One JSON object on stdout, in seconds, bytes, bytes/second; a histogram is pairs of a bucket's lower bound in ns (histogram.h)
+ * and its count. Exit status: 0; 1 with a message on stderr if anything failed or the deadline passed; 2 for wrong usage. Three
+ * processes (four for hops) are forked, bound to this one, and reaped by id. One sleeping thread per job, no pinning, no polling.
+ * Contents are checked, outside the clock.
  *
  * Congestion control is reno unless told otherwise: always permitted, and nothing on loopback is in its way (floor_stream.c).
  *
- * Warm memory: in a virtual machine, a free page that the host has taken back costs microseconds at its next allocation, and the stream
- * falls to half or a quarter at random. So the parent holds memory_bytes of touched memory, let go just before the clock starts. A
- * product run wants the same: `warm` touches that much, prints {"name": "warm", ...}, waits until stdin ends and lets go by exiting. */
+ * Warm memory: in a virtual machine, a free page that the host has taken back costs microseconds at its next allocation, and the
+ * stream falls to half or a quarter at random. So the parent holds memory_bytes of touched memory, let go just before the clock
+ * starts. A product run wants the same: `warm` touches that much, prints {"name": "warm", ...}, waits until stdin ends, and
+ * lets go by exiting. */
 #include "floor.h"
 #include "histogram.h"
 
@@ -49,7 +51,8 @@ static void print_latencies(struct floor_report *report)
     floor_check(count > 0, "the number of values");
     qsort(value_ns, count, sizeof *value_ns, by_value);
     printf(", \"unit\": \"seconds\", \"p50\": %.9f, \"p99\": %.9f, \"max\": %.9f, \"n\": %" PRIu64 ", \"histogram\": [",
-           quantile_seconds(value_ns, count, 50), quantile_seconds(value_ns, count, 99), quantile_seconds(value_ns, count, 100), count);
+           quantile_seconds(value_ns, count, 50), quantile_seconds(value_ns, count, 99), quantile_seconds(value_ns, count, 100),
+           count);
     for (uint64_t i = 0, first; i < count;) {
         uint32_t bucket = histogram_bucket_of(value_ns[i]);
         for (first = i; i < count && histogram_bucket_of(value_ns[i]) == bucket; i++)
@@ -81,7 +84,8 @@ static void print_stream(const struct floor_world *world)
     const struct floor_report *report = world->report;
     double cpu_seconds = report->source_cpu_seconds + report->destination_cpu_seconds;
     printf(", \"unit\": \"bytes/second\", \"value\": %.0f, \"duration_seconds\": %.9f, \"memory_bytes\": %" PRIu64
-           ", \"zero_pages\": %" PRIu64 ", \"source_cpu_seconds\": %.6f, \"destination_cpu_seconds\": %.6f, \"cpu_seconds_per_gib\": %.6f",
+           ", \"zero_pages\": %" PRIu64 ", \"source_cpu_seconds\": %.6f, \"destination_cpu_seconds\": %.6f"
+           ", \"cpu_seconds_per_gib\": %.6f",
            stream_bytes_per_second(world), (double)report->stream_ns / 1e9, world->options.memory_bytes, report->zero_pages,
            report->source_cpu_seconds, report->destination_cpu_seconds,
            cpu_seconds * (double)(1u << 30) / (double)world->options.memory_bytes);
@@ -106,7 +110,8 @@ static _Noreturn void refuse(const char *why)
 {
     fprintf(stderr,
             "postcopy-floor: %s\nusage: postcopy-floor fault-idle|fault-under-stream|stream|hops|warm [--memory-bytes N]"
-            " [--touches N | --moves N]\n       [--seed N] [--zero-per-mille N] [--deadline-seconds N] [--congestion-control NAME|system]\n", why);
+            " [--touches N | --moves N]\n       [--seed N] [--zero-per-mille N] [--deadline-seconds N]"
+            " [--congestion-control NAME|system]\n", why);
     exit(2);
 }
 

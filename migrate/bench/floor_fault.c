@@ -1,9 +1,9 @@
 /* fault-idle and fault-under-stream: the way of one page in the fewest system calls.
  *   guest: first touch ── destination: read(uffd), send 8 bytes, recv a page, pwrite, CONTINUE ── guest runs on
  *   source: recv 8 bytes, send a page from its mapping
- * Tried and not kept (p50 of fault-idle, ratio to what is here): recv straight into the alias mapping 1.01 (its own page-table entry
- * costs what the second copy saves); sendfile at the source 1.00; UFFDIO_COPY from the buffer 0.98, but that is not the product's
- * way: a page that it fills was never in the file for any other reader.
+ * Tried and not kept (p50 of fault-idle, ratio to what is here): recv straight into the alias mapping 1.01 (its page-table
+ * entry costs what the second copy saves); sendfile at the source 1.00; UFFDIO_COPY from the buffer 0.98, but the
+ * product's way of mapping is CONTINUE.
  * Waking threads is nearly all of it, so the run length decides the p99 beside a stream: FAULT_RUN_BYTES. */
 #include "floor.h"
 #include "histogram.h"
@@ -12,11 +12,12 @@
 #include <pthread.h>
 #include <string.h>
 
-/* Beside a stream many first touches find their page mapped and take far less than a microsecond; a fault takes 3.4 µs at the very
- * least (kernel alone). What lies above this stalled. */
+/* Beside a stream many first touches find their page mapped and take far less than a microsecond; a fault takes 3.4 µs at
+ * the very least (kernel alone). What lies above this stalled. */
 #define STALL_NS 2000u
-/* Beside 128 KiB, p99 was 1.8 times as long with 64 KiB and 1 MiB 3.3 times, while the stream gained 8 % from 1 MiB. */
-#define FAULT_RUN_BYTES (128u << 10)
+/* p99 of undisturbed runs: 55 to 65 µs with 64 KiB, 80 to 95 with 128, 105 to 240 with 256, 210 to 350 with 1 MiB; p50 alike. The
+ * stream itself would gain a tenth from 1 MiB. */
+#define FAULT_RUN_BYTES (64u << 10)
 
 /* One byte a page says who may write it: ABSENT -> CLAIMED by compare-and-swap -> PRESENT once its bytes are in the file. */
 enum { ABSENT, CLAIMED, PRESENT };
@@ -163,7 +164,7 @@ static void answer_faults(struct destination *self)
                 continue;
             }
         }
-        /* The bulk thread has it. CLAIMED: its CONTINUE comes and wakes the guest. PRESENT: that may have been before the fault. */
+        /* The bulk thread has it. CLAIMED: its CONTINUE comes and wakes the guest. PRESENT: it may have come before the fault. */
         if (atomic_load(&self->state[page]) == PRESENT)
             floor_continue(&self->memory, page, 1);
     }

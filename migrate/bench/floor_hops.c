@@ -1,7 +1,7 @@
 /* hops: the messages of a switchover over the product's four hops, and no memory at all.
  *   daemon of A ─pause 32─> guest A ─paused 300─> daemon of A ═switchover 400═> daemon of B ─resume 300─> guest B
- * Each guest is an agent thread that reads its socket and a worker that counts steps: busy while the guest runs, asleep on a futex
- * while it does not. Downtime: the last step of one worker to the first of the other. Then B is the busy one, and it goes back.
+ * Each guest is an agent thread that reads its socket and a worker that counts steps: busy while the guest runs, asleep on a
+ * futex while it does not. Downtime: the last step of one worker to the first of the other. Then B is the busy one: back.
  * Between two moves the worker runs RUN_NS, so that every other thread is as fast asleep as it is before a real pause. */
 #include "floor.h"
 #include "histogram.h"

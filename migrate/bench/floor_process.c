@@ -97,8 +97,12 @@ static void on_deadline(int signal_number)
 {
     (void)signal_number;
     deadline_passed = 1;
-    if (process_count == 0)
+    if (process_count == 0) {
+        static const char message[] = "postcopy-floor: the deadline passed before any process was started\n";
+        ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
+        (void)written;
         _exit(1);
+    }
     kill_processes(); /* floor_reap() then sees them end */
 }
 

@@ -1,15 +1,15 @@
 /* stream: the whole memory over one connection, in large runs, until every page is present and each non-zero one mapped.
  *   source: send a run from its mapping ── destination: recv into a hot buffer, pwrite, CONTINUE of the run
- * The destination is the bottleneck, and in it the allocation of the file's pages. Bytes per second of what was tried and not kept,
- * as a ratio to what is here (1 MiB runs, warm memory, two cores; noise about 0.03):
- *   recv straight into the alias 0.60; the same after MADV_POPULATE_WRITE of the run 0.55; memcpy from the buffer to the alias 0.58
- *   runs of 64 KiB 0.75, 128 KiB 0.87, 256 KiB 0.88, 512 KiB 0.97, 2 or 4 MiB 0.99; CONTINUE of 2 MiB after pwrites of 256 KiB 0.93
+ * The destination is the bottleneck, and in it the allocation of the file's pages. Bytes per second of what was tried and not
+ * kept, as a ratio to what is here (1 MiB runs, warm memory, two cores; noise about 0.03):
+ *   recv straight into the alias 0.60; the same after MADV_POPULATE_WRITE of the run 0.55; memcpy from buffer to alias 0.58
+ *   runs of 64 KiB 0.75, 128 KiB 0.87, 256 KiB 0.88, 512 KiB 0.97, 2 or 4 MiB 0.99; CONTINUE per 2 MiB, pwrite per 256 KiB 0.93
  *   recv of what is there, without MSG_WAITALL 0.79; SO_RCVBUF of 128 KiB to 2 MiB 0.98 to 1.02
- *   source: pread into a buffer + send 1.00 at 4 % more CPU; sendfile 0.95 at 2 % less; sendfile here and splice there 0.97 at 3 % less
+ *   source: pread into a buffer + send 1.00 at 4 % more CPU; sendfile 0.95 at 2 % less; and splice at the destination 0.97
  *   a thread beside that allocates ahead with fallocate 0.85: it fights for the file's locks with the pwrite
  *   congestion control bbr, which paces even on loopback, 0.88; cubic 1.00
  *   UFFDIO_COPY from the buffer 1.15, but the product's way of mapping is CONTINUE
- * Allocating the file before the clock starts would give 1.8, populating the alias before 2.8: that is moving the cost, not saving it. */
+ * Allocating the file before the clock starts would give 1.8, populating the alias before 2.8: the cost moved, not saved. */
 #include "floor.h"
 #include "histogram.h"
 
@@ -41,7 +41,7 @@ void floor_stream_send(const struct floor_world *world, int socket_fd, const uns
     floor_send(socket_fd, &run, sizeof run, 0);
 }
 
-/* Idle while it lasts; then it reads every non-zero page. Nobody answers faults any more: one left unmapped meets the deadline. */
+/* Idle while it lasts; then it reads every non-zero page. Nobody answers faults then: a page left unmapped meets the deadline. */
 static void guest(struct floor_world *world)
 {
     struct floor_memory memory;

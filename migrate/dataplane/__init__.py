@@ -122,6 +122,11 @@ class Histogram:
         return list(self._copy.bucket)
 
 
+def prefer_latency() -> None:
+    """This thread answers others: ask the scheduler for short slices (schedule.c)."""
+    lib.schedule_urgent()
+
+
 class LoopThread:
     """One C loop on one thread; ``on_end`` is called on that thread with the result."""
 

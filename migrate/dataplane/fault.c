@@ -13,6 +13,7 @@
 #include "inbox.h"
 #include "kernel.h"
 #include "result.h"
+#include "schedule.h"
 
 #define EVENTS_PER_READ 64
 #define REQUESTS_QUEUED_MAX 1024
@@ -178,6 +179,7 @@ void fault_loop(struct destination *destination, int urgent_socket, struct loop_
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;
     }
+    schedule_urgent();
     while (fault_round(&context, result))
         ;
     inbox_deinit(&context.inbox);

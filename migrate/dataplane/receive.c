@@ -5,6 +5,7 @@
 
 #include "inbox.h"
 #include "result.h"
+#include "schedule.h"
 
 void receive_loop(struct destination *destination, int bulk_socket, struct loop_result *result)
 {
@@ -15,6 +16,7 @@ void receive_loop(struct destination *destination, int bulk_socket, struct loop_
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;
     }
+    schedule_bulk();
     while (wait_ready(bulk_socket, POLLIN, destination->stop_fd, result) && inbox_take(&inbox, destination, result))
         ;
     inbox_deinit(&inbox);

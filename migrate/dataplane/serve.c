@@ -7,6 +7,7 @@
 
 #include "channel.h"
 #include "result.h"
+#include "schedule.h"
 #include "source.h"
 
 #define REQUESTS_PER_RECV 256
@@ -83,6 +84,7 @@ void serve_loop(struct source *source, int urgent_socket, struct loop_result *re
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
         return;
     }
+    schedule_urgent();
     if (wait_ready(source->open_fd, POLLIN, source->stop_fd, result))
         while (serve_round(&context, result))
             ;

@@ -8,6 +8,7 @@
 
 #include "channel.h"
 #include "result.h"
+#include "schedule.h"
 #include "source.h"
 
 #define RUN_BYTES (256u << 10)
@@ -99,6 +100,7 @@ void stream_loop(struct source *source, int bulk_socket, struct loop_result *res
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
         return;
     }
+    schedule_bulk();
     if (wait_ready(source->open_bulk_fd, POLLIN, source->stop_fd, result))
         while (stream_round(&context, result))
             ;

@@ -7,7 +7,7 @@ read as zeroes (P3). After ``released`` the guest may offer itself again with ne
 
 import contextlib
 import os
-import selectors
+import select
 import socket
 from collections.abc import Callable
 from enum import StrEnum
@@ -17,6 +17,7 @@ from typing import Literal, Protocol
 import structlog
 
 from migrate.errors import PauseFailedError, PeerRefusedError, PostcopyError
+from migrate.guest import uffd
 from migrate.guest.memory import GuestMemory
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
@@ -113,17 +114,19 @@ class Agent:
     def run(self) -> None:
         """Serve the daemon until the guest departs (role DEPARTED), or the connection ends (role as it is then)."""
         assert self._socket is not None, "attach first"
-        with selectors.DefaultSelector() as selector, self._socket:
-            selector.register(self._socket, selectors.EVENT_READ)
-            if self.machine.event_fd() >= 0:
-                selector.register(self.machine.event_fd(), selectors.EVENT_READ)
+        uffd.prefer_latency()
+        poll = select.poll()
+        daemon_fd = self._socket.fileno()
+        poll.register(daemon_fd, select.POLLIN)
+        if self.machine.event_fd() >= 0:
+            poll.register(self.machine.event_fd(), select.POLLIN)
+        with self._socket:
             while self.role is not GuestRole.DEPARTED:
-                for key, _ in selector.select():
-                    if key.fileobj is self._socket:
-                        if not self._serve_daemon():
-                            return
-                    else:
+                for ready_fd, _ in poll.poll():
+                    if ready_fd != daemon_fd:
                         self._serve_machine()
+                    elif not self._serve_daemon():
+                        return
 
     def close(self) -> None:
         if self.userfaultfd >= 0:

@@ -55,6 +55,11 @@ def open_userfaultfd(*, hugetlb: bool = False, user_mode_only: bool | None = Non
     return int(opened.fd)
 
 
+def prefer_latency() -> None:
+    """This thread answers the daemon within a downtime: ask the scheduler for short slices (dataplane/schedule.c)."""
+    lib.schedule_urgent()
+
+
 def _remedy(syscall_errno: int) -> str:
     if syscall_errno == errno.ENOSYS:
         return "use a kernel with CONFIG_USERFAULTFD, or allow the userfaultfd system call in the seccomp profile"

@@ -44,6 +44,7 @@ class WorkloadMachine:
         self.workload = Workload(memory.address, memory.size_bytes)
         self._options = options
         self._stepped_ns = 0
+        self._said_ns = 0
         self._verifications = 0
         self._verifying = False
 
@@ -52,7 +53,7 @@ class WorkloadMachine:
 
     def pause(self, deadline_seconds: float) -> tuple[bytes, int]:
         self.workload.pause(deadline_seconds)
-        return self.workload.save(), self.workload.report().last_step_ns
+        return self.workload.save(), self.workload.last_step_ns()
 
     def resume(self, state: bytes | None) -> None:
         if state is not None:
@@ -65,6 +66,11 @@ class WorkloadMachine:
 
     def event(self) -> Message | None:
         os.read(self.workload.event_fd, 8)
+        first_step_ns = self.workload.first_step_ns()
+        if first_step_ns and first_step_ns != self._stepped_ns:  # told at once, the rest on a later turn
+            self._stepped_ns = first_step_ns
+            os.eventfd_write(self.workload.event_fd, 1)
+            return Stepped(first_step_ns=first_step_ns)
         report = self.workload.report()
         if report.failure is not None:
             say("failed", **report.to_dict())
@@ -72,10 +78,9 @@ class WorkloadMachine:
         if self._verifying and report.verifications > self._verifications:
             self._verifying = False
             say("verified", **report.to_dict())
-        if report.first_step_ns and report.first_step_ns != self._stepped_ns:
-            self._stepped_ns = report.first_step_ns
-            say("stepped", first_step_ns=report.first_step_ns)
-            return Stepped(first_step_ns=report.first_step_ns)
+        if self._stepped_ns != self._said_ns:
+            self._said_ns = self._stepped_ns
+            say("stepped", first_step_ns=self._stepped_ns)
         return None
 
     def complete(self) -> None:

@@ -223,6 +223,13 @@ class Workload:
     def reset_touches(self) -> None:
         lib.workload_reset_touches(self._pointer)
 
+    def last_step_ns(self) -> int:
+        """As in the report, without the rest: read within a downtime."""
+        return int(lib.workload_last_step_ns(self._pointer))
+
+    def first_step_ns(self) -> int:
+        return int(lib.workload_first_step_ns(self._pointer))
+
     def report(self) -> Report:
         raw = ffi.new("struct workload_report *")
         lib.workload_read(self._pointer, raw)

@@ -368,21 +368,35 @@ int workload_event_fd(const struct workload *workload)
     return workload->event_fd;
 }
 
+uint64_t workload_last_step_ns(const struct workload *workload)
+{
+    uint64_t last_step_ns = 0;
+    for (uint32_t i = 0; i < atomic_load(&workload->active); i++) {
+        uint64_t step_ns = atomic_load(&workload->worker[i].last_step_ns);
+        last_step_ns = step_ns > last_step_ns ? step_ns : last_step_ns;
+    }
+    return last_step_ns;
+}
+
+uint64_t workload_first_step_ns(const struct workload *workload)
+{
+    return atomic_load(&workload->first_step_ns);
+}
+
 void workload_read(const struct workload *workload, struct workload_report *report)
 {
     uint32_t phase = gate_phase(atomic_load(&workload->gate));
     uint32_t active = atomic_load(&workload->active);
     memset(report, 0, sizeof *report);
     report->phase = phase == GATE_PAUSING ? WORKLOAD_RUNNING : phase == GATE_QUIT ? WORKLOAD_IDLE : phase;
-    report->first_step_ns = atomic_load(&workload->first_step_ns);
+    report->first_step_ns = workload_first_step_ns(workload);
+    report->last_step_ns = workload_last_step_ns(workload);
     report->verifications = active != 0 ? UINT32_MAX : 0;
     for (uint32_t i = 0; i < active; i++) {
         const struct worker *worker = &workload->worker[i];
         struct histogram_copy copy;
         uint32_t passes = atomic_load(&worker->passes);
-        uint64_t last_step_ns = atomic_load(&worker->last_step_ns);
         report->verifications = passes < report->verifications ? passes : report->verifications;
-        report->last_step_ns = last_step_ns > report->last_step_ns ? last_step_ns : report->last_step_ns;
         report->steps += atomic_load(&worker->steps);
         report->writes += atomic_load(&worker->writes);
         histogram_read(&worker->touch, &copy);

@@ -97,6 +97,9 @@ void workload_verify(struct workload *workload);
 void workload_reset_touches(struct workload *workload);
 /* Readable (eventfd) after: a first step since resume, a finished verification, a failure. Read it, then the report. */
 int workload_event_fd(const struct workload *workload);
+/* Just the two times of the report: read within a downtime. */
+uint64_t workload_last_step_ns(const struct workload *workload);
+uint64_t workload_first_step_ns(const struct workload *workload);
 void workload_read(const struct workload *workload, struct workload_report *report);
 
 #endif

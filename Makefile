@@ -1,0 +1,61 @@
+# `make demo` and `make test` each do all of their set-up: what the system lacks, then .venv, then the build.
+# All paths are relative and quoted: the clone may lie anywhere. pip's own settings (PIP_*, pip.conf) hold as they are.
+PYTHON ?= python3
+PY := .venv/bin/python
+ARGS ?=
+
+# What is installed, and what the build makes of it. Folders too: a file that went away must go from .venv as well.
+SOURCES := meson.build meson.options README.md LICENSE \
+  $(shell find migrate proto \( -name __pycache__ -prune \) -o -print) $(shell find tests -name '*.c')
+
+.DEFAULT_GOAL := help
+.PHONY: help system build demo test lint bench sanitize clean
+
+help:
+	@echo 'make demo      set up and watch a live guest move between two daemons (ARGS="--memory 128M")'
+	@echo 'make test      set up, lint, and run the tests (ARGS="-k name" goes to pytest)'
+	@echo 'make bench     the benchmark beside its floor (ARGS="--check")'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make sanitize  the C core alone under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
+	@echo 'make build     .venv with the package in it, and nothing more'
+	@echo 'make system    install what the system lacks (as root; without root: say what)'
+	@echo 'make clean     remove .venv, build directories and caches'
+
+system:
+	@PYTHON='$(PYTHON)' sh deploy/system.sh
+
+.venv/dependencies.stamp: pyproject.toml deploy/requirements.py | system
+	@$(PY) -c '' 2>/dev/null || { rm -rf build; $(PYTHON) -m venv --clear .venv; }
+	@$(PY) deploy/requirements.py pyproject.toml > .venv/requirements.txt
+	$(PY) -m pip install --quiet -r .venv/requirements.txt
+	@touch $@
+
+# Not editable: what is tested is what a wheel holds. The build directory stays, so that the next build is a short one.
+.venv/installed.stamp: .venv/dependencies.stamp $(SOURCES)
+	PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m pip install --quiet --force-reinstall --no-deps --no-build-isolation --config-settings=build-dir=build .
+	@touch $@
+
+build: system .venv/installed.stamp
+
+demo: build
+	@.venv/bin/postcopy demo $(ARGS)
+
+lint: build
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+# POSTCOPY_REQUIRE: what this machine can do must be tested; the rest is deselected, each with its reason (tests/README.md).
+test: lint
+	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
+	  echo "POSTCOPY_REQUIRE=$$POSTCOPY_REQUIRE" && $(PY) -P -m pytest $(ARGS)
+
+bench: build
+	@.venv/bin/postcopy bench $(ARGS)
+
+sanitize: build
+	@POSTCOPY_REQUIRE=asan,tsan $(PY) -P -m pytest tests/path/test_sanitizers.py $(ARGS)
+
+clean:
+	rm -rf .venv build build-* dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find migrate proto tests deploy -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,61 @@
+#!/bin/sh
+# What building and testing need from the system: `PYTHON=python3 sh deploy/system.sh`. Looks first, and only where something
+# is missing calls apt-get (as root, saying so) or names the packages and the command (otherwise).
+set -eu
+python=${PYTHON:-python3}
+compiler=${CC:-cc}
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin # ip is there, and an ordinary user's PATH often is not
+packages=
+
+lacks() { # WHAT PACKAGE...
+    echo "missing: $1" >&2
+    shift
+    packages="$packages $*"
+}
+
+fail() {
+    echo "make system: $*" >&2
+    exit 1
+}
+
+if ! command -v "$python" >/dev/null; then
+    lacks "$python" python3 python3-dev python3-venv
+else
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        fail "$python is $("$python" -V 2>&1), and postcopy needs Python 3.11 or later: make PYTHON=/path/to/python3.11"
+    # python3.12 of a distribution whose python3 is 3.11 has packages of its own name.
+    base=$("$python" -c 'import os, sys; print(os.path.realpath(sys._base_executable))')
+    name=python3
+    [ "$base" = "$(readlink -f /usr/bin/python3 || true)" ] || name=${base##*/}
+    header=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h
+    if [ ! -e "$header" ]; then
+        case $base in
+        /usr/bin/*) lacks "$header" "$name-dev" ;;
+        *) fail "$python has no $header: install it with its headers, or choose another: make PYTHON=/usr/bin/python3" ;;
+        esac
+    fi
+    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+        case $base in
+        /usr/bin/*) lacks "venv and ensurepip of $python" "$name-venv" ;;
+        *) fail "$python has no venv or no ensurepip; choose another: make PYTHON=/usr/bin/python3" ;;
+        esac
+    fi
+fi
+
+# The headers of libc and of the kernel's interface come by their own packages, which gcc only recommends.
+printf '#include <pthread.h>\n#include <linux/userfaultfd.h>\nint main(void) { return 0; }\n' |
+    "$compiler" -x c -o /dev/null - 2>/dev/null || lacks "a C compiler with its headers ($compiler)" gcc libc6-dev
+command -v ip >/dev/null || lacks "ip" iproute2
+for tool in unshare setpriv setarch; do
+    command -v "$tool" >/dev/null || { lacks "$tool" util-linux; break; }
+done
+
+[ -n "$packages" ] || exit 0
+install="apt-get install --yes --no-install-recommends$packages"
+command -v apt-get >/dev/null || fail "install by this system's own means what Debian calls:$packages"
+[ "$(id -u)" = 0 ] || fail "this needs root: run  sudo apt-get update && sudo $install"
+echo "make system: installing as root:$packages"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update
+# shellcheck disable=SC2086 # a list of words
+$install

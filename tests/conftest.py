@@ -1,0 +1,97 @@
+"""What a test may ask of the machine: ``@pytest.mark.requires("uffd", "hugetlb")``. Names and probes: migrate/host.py.
+
+What the machine truly lacks is deselected, and the summary says why and what to change. A feature named in
+POSTCOPY_REQUIRE (comma-separated; ``make test`` names all that the machine has) is never deselected: its tests run, and
+fail where it is not there. Nothing is ever skipped.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate import host
+
+HUGETLB_PAGES = 160  # of 2 MiB: a guest of 128 MiB at both ends and some to spare
+POOL = host.POOL_2M / "nr_hugepages"
+FREE = host.POOL_2M / "free_hugepages"
+DESELECTED: pytest.StashKey[dict[str, list[str]]] = pytest.StashKey()
+
+
+def features_of(item: pytest.Item) -> list[str]:
+    """What the test's markers name, each once."""
+    return list(dict.fromkeys(str(name) for mark in item.iter_markers("requires") for name in mark.args))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "requires(feature, ...): deselect this test where the machine lacks a feature")
+    config.stash[DESELECTED] = {}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    required = {name.strip() for name in os.environ.get("POSTCOPY_REQUIRE", "").split(",")} - {""}
+    named = required.union(*(features_of(item) for item in items))
+    if unknown := named - host.PROBES.keys():
+        raise pytest.UsageError(f"no such feature: {', '.join(sorted(unknown))}; there are {', '.join(host.PROBES)}")
+    lacking = {name for name in named - required if not host.feature(name).available}
+    kept: list[pytest.Item] = []
+    away: list[pytest.Item] = []
+    for item in items:
+        missing = [name for name in features_of(item) if name in lacking]
+        (away if missing else kept).append(item)
+        for name in missing:
+            config.stash[DESELECTED].setdefault(name, []).append(item.nodeid)
+    if away:
+        config.hook.pytest_deselected(items=away)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for name, tests in config.stash[DESELECTED].items():
+        terminalreporter.section(f"{len(tests)} deselected for lack of {name}")
+        terminalreporter.line(str(host.feature(name)))
+        for test in tests:
+            terminalreporter.line(f"  {test}")
+
+
+@pytest.fixture(scope="session")
+def hugetlb_pool() -> Iterator[int]:
+    """At least HUGETLB_PAGES free pages of 2 MiB, each touched once (a first touch takes milliseconds); put back afterwards."""
+    before, free = int(POOL.read_text()), int(FREE.read_text())
+    try:
+        if free < HUGETLB_PAGES:
+            POOL.write_text(str(before + HUGETLB_PAGES - free))
+            free = int(FREE.read_text())
+            assert free >= HUGETLB_PAGES, f"the kernel found memory for {free} of {HUGETLB_PAGES} pages of 2 MiB"
+        touch(HUGETLB_PAGES)
+        yield HUGETLB_PAGES
+    finally:
+        if int(POOL.read_text()) != before:
+            POOL.write_text(str(before))
+
+
+def touch(pages: int) -> None:
+    """Have the kernel clear the pages and give them back to the pool."""
+    descriptor = os.memfd_create("postcopy-pool", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    try:
+        os.ftruncate(descriptor, pages * host.HUGEPAGE_BYTES)
+        with mmap.mmap(descriptor, pages * host.HUGEPAGE_BYTES) as mapping:
+            for page in range(pages):
+                mapping[page * host.HUGEPAGE_BYTES] = 1
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(autouse=True)
+def _pages_that_the_marker_names(request: pytest.FixtureRequest) -> None:
+    """``requires("hugetlb")`` is enough: the pool is there before the test begins."""
+    if "hugetlb" in features_of(request.node):
+        request.getfixturevalue("hugetlb_pool")
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The clone that these tests lie in."""
+    return Path(__file__).resolve().parent.parent
