@@ -46,7 +46,14 @@ class Daemon:
     """``await serve()`` runs it until SIGTERM or SIGINT."""
 
     def __init__(
-        self, role: str, runtime_dir: Path, *, listen_at: Address | None, metrics_at: Address | None, insecure: bool
+        self,
+        role: str,
+        runtime_dir: Path,
+        *,
+        listen_at: Address | None,
+        metrics_at: Address | None,
+        insecure: bool,
+        congestion_control: str | None = None,
     ) -> None:
         self.role = role
         self.runtime_dir = runtime_dir
@@ -57,6 +64,7 @@ class Daemon:
         self.stopping = asyncio.Event()
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
         self._listen_at, self._metrics_at, self._insecure = listen_at, metrics_at, insecure
+        self._congestion_control = congestion_control
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._half_open = 0
@@ -109,7 +117,9 @@ class Daemon:
         if self.stopping.is_set():
             raise GuestBusyError("this daemon", expected="to run on", got="it is ending")
         require_loopback(address, "destination", insecure=self._insecure)
-        migration = SourceMigration(guest, address, self.quiet, self._migration_ended, bulk=bulk)
+        migration = SourceMigration(
+            guest, address, self.quiet, self._migration_ended, bulk=bulk, congestion_control=self._congestion_control
+        )
         self._start(migration)
         return migration
 
@@ -151,7 +161,7 @@ class Daemon:
 
     async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
         try:
-            tune(sock)
+            tune(sock, self._congestion_control)
             preamble = await receive_preamble(sock, PREAMBLE_DEADLINE_SECONDS)
             if preamble.kind is ConnectionKind.CONTROL:
                 await self._greet_control(sock, preamble, peer)

@@ -19,9 +19,7 @@ def run(memory: str, *, as_json: bool) -> None:
         typer.echo(text, err=as_json)
 
     with Pair() as pair:
-        tell(
-            f"two daemons run: a source, a destination at {pair.destination.address} (metrics: {pair.destination.metrics_address})"
-        )
+        tell(f"two daemons run: source, destination at {pair.destination.address} (metrics: {pair.destination.metrics_address})")
         options = ("--threads", "2", "--pattern", "zipf", "--write-ratio", "0.3", "--zero-ratio", "0.1")
         arrived = pair.guest(pair.destination, "demo-there", memory, "--threads", "2", waiting=True)
         guest = pair.guest(pair.source, "demo", memory, *options)

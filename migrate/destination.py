@@ -38,6 +38,8 @@ from proto.messages import (
     ResumeFailed,
     Running,
     Switchover,
+    control_decoder,
+    encode,
 )
 from proto.preamble import ConnectionKind
 from proto.states import Event, Role, State
@@ -152,6 +154,9 @@ class DestinationMigration(Migration):
         self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns
         async with self._quiet:
             self.advance(Event.PREPARE)
+            assert self.guest is not None
+            await self.guest.prepare(PREPARED_DEADLINE_SECONDS)
+            self._rehearse()
             self._control.send(Prepared())
             switchover = await self._receive_or_cancel(Switchover, deadline_seconds=PREPARED_DEADLINE_SECONDS)
             assert isinstance(switchover, Switchover)
@@ -168,6 +173,9 @@ class DestinationMigration(Migration):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self.advance(Event.RUNNING)
             self._control.send(Running(epoch=self.epoch))
+
+    def _rehearse(self) -> None:
+        control_decoder().feed(encode(Switchover(epoch=self.epoch, state=bytes(256), last_step_ns=0)) + encode(Running(epoch=0)))
 
     def _check_switchover(self, switchover: Switchover) -> None:
         """The last moment at which this side may say no; it is recorded before it is said (P4)."""

@@ -21,6 +21,8 @@ from proto.errors import ProtocolError
 from proto.messages import (
     REGIONS_MAX,
     GuestFailed,
+    GuestPrepare,
+    GuestPrepared,
     Hello,
     Message,
     Refused,
@@ -110,6 +112,10 @@ class GuestLink:
             ) from None
         finally:
             self._pending = None
+
+    async def prepare(self, deadline_seconds: float) -> None:
+        """A switchover is next: the agent and this path to it are awake and warm afterwards."""
+        await self.request(GuestPrepare(), GuestPrepared, GuestPrepared, deadline_seconds=deadline_seconds)
 
     def _readable(self) -> None:
         try:

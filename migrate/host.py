@@ -7,7 +7,6 @@ Probes use what they probe (no version is believed), change nothing that outlive
 import functools
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from migrate.errors import HostLacksError
 
 PROBE_DEADLINE_SECONDS = 20.0
 HUGEPAGE_BYTES = 2 << 20
+HUGEPAGES_WANTED = 160  # a guest of 128 MiB at both ends of a move, and some to spare
 NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 POOL_2M = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 ADMINISTRATOR_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
@@ -72,7 +72,7 @@ def _userfaultfd() -> Feature:
 
 
 def _hugetlb() -> Feature:
-    name, remedy = "hugetlb", "set vm.nr_hugepages to the number of 2 MiB pages wanted"
+    name, remedy = "hugetlb", f"set vm.nr_hugepages to {HUGEPAGES_WANTED}"
     try:
         free = int((POOL_2M / "free_hugepages").read_text())
         pool = (POOL_2M / "nr_hugepages").read_text()
@@ -81,8 +81,9 @@ def _hugetlb() -> Feature:
     try:
         (POOL_2M / "nr_hugepages").write_text(pool)  # what it is already: shows whether this user may raise it
     except OSError as error:
-        if free == 0:
-            return Feature(name, False, f"no 2 MiB page is free, and this user may not reserve any ({error.strerror})", remedy)
+        if free < HUGEPAGES_WANTED:
+            why = f"{free} pages of 2 MiB are free, and this user may not reserve more ({error.strerror})"
+            return Feature(name, False, why, remedy)
         return Feature(name, True, f"{free} free pages of 2 MiB")
     return Feature(name, True, f"{free} free pages of 2 MiB, and this user may reserve more")
 
@@ -91,7 +92,8 @@ def _netns() -> Feature:
     # A mount namespace of its own: /run/netns/probe and the namespace end with it.
     why = _try("unshare", "--mount", "--propagation", "private", "sh", "-euc", _NETNS_SCRIPT)
     if why:
-        return Feature("netns", False, why, "be root with CAP_SYS_ADMIN and CAP_NET_ADMIN, on a kernel with veth, and install iproute2")
+        remedy = "be root with CAP_SYS_ADMIN and CAP_NET_ADMIN, on a kernel with veth, and install iproute2"
+        return Feature("netns", False, why, remedy)
     return Feature("netns", True, "network namespaces with veth pairs can be made")
 
 
@@ -107,16 +109,19 @@ def _root() -> Feature:
     if os.geteuid() != 0:
         return Feature("root", False, f"this is uid {os.geteuid()}", remedy)
     why = _try("unshare", "--mount", "--propagation", "private", "mount", "-t", "tmpfs", "none", "/mnt")
-    return Feature("root", False, why, remedy) if why else Feature("root", True, "uid 0, and it may mount in a namespace of its own")
+    if why:
+        return Feature("root", False, why, remedy)
+    return Feature("root", True, "uid 0, and it may mount in a namespace of its own")
 
 
-def sanitizer_prefix(executable: str | os.PathLike[str], *arguments: str) -> tuple[list[str], str]:
-    """How to start a sanitized program: as it is, else without address randomization. Returns the prefix and why none works."""
-    why = _try(os.fspath(executable), *arguments)
+def sanitizer_prefix(executable: str | os.PathLike[str]) -> tuple[list[str], str]:
+    """How to start a sanitized program: as it is, else without address randomization, which TSan of gcc 13 and older needs
+    where vm.mmap_rnd_bits is above 28. Returns the prefix, and why it works neither way (empty: it works)."""
+    why = _try(os.fspath(executable))
     if not why:
         return [], ""
     prefix = ["setarch", "--addr-no-randomize"]
-    return prefix, _try(*prefix, os.fspath(executable), *arguments) and why
+    return prefix, _try(*prefix, os.fspath(executable)) and why
 
 
 def _sanitizer(name: str, option: str, package: str) -> Feature:
@@ -126,7 +131,9 @@ def _sanitizer(name: str, option: str, package: str) -> Feature:
         program = f"{directory}/probe"
         why = _try(*compiler, f"-fsanitize={option}", "-pthread", "-x", "c", "-", "-o", program, text=_SANITIZED_PROGRAM)
         why = why or sanitizer_prefix(program)[1]
-    return Feature(name, False, why, remedy) if why else Feature(name, True, f"{compiler[0]} builds programs with it, and they run")
+    if why:
+        return Feature(name, False, why, remedy)
+    return Feature(name, True, f"{compiler[0]} builds programs with it, and they run")
 
 
 PROBES: dict[str, Callable[[], Feature]] = {

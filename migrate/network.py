@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
 from migrate.errors import DeadlineError, ListenRefusedError, PostcopyError
 from proto.errors import ProtocolError
@@ -54,15 +55,21 @@ def require_loopback(address: Address, what: str, *, insecure: bool) -> None:
         )
 
 
-def tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket, congestion_control: str | None = None) -> None:
+    """``congestion_control``: None leaves the system's. Raises ListenRefusedError for one that is not allowed here."""
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+    if congestion_control is not None:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode())
+        except OSError as error:
+            allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().strip()
+            raise ListenRefusedError("congestion control", expected=f"one of {allowed}", got=congestion_control) from error
 
 
-async def connect(address: Address, *, deadline_seconds: float) -> socket.socket:
+async def connect(address: Address, *, deadline_seconds: float, congestion_control: str | None = None) -> socket.socket:
     """Raises OSError (refused, unreachable, unknown name), DeadlineError."""
     loop = asyncio.get_running_loop()
     error: OSError | None = None
@@ -71,7 +78,7 @@ async def connect(address: Address, *, deadline_seconds: float) -> socket.socket
         sock.setblocking(False)
         try:
             await asyncio.wait_for(loop.sock_connect(sock, place), deadline_seconds)
-            tune(sock)
+            tune(sock, congestion_control)
             return sock
         except TimeoutError:
             sock.close()

@@ -116,20 +116,28 @@ class DaemonProcess(Process):
         notify_path = directory / f"{role}.notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
             notify_socket.bind(str(notify_path))
-            notify_socket.settimeout(START_DEADLINE_SECONDS)
+            notify_socket.settimeout(0.2)
             kind = "destination" if listens else "source"
             listen = ["--listen", "127.0.0.1:0"] if listens else []
             options = ["--runtime-dir", str(self.runtime_dir), "--metrics", "127.0.0.1:0", *listen, *arguments]
             super().__init__(role, [kind, *options], directory / f"{role}.log", {"NOTIFY_SOCKET": str(notify_path)})
             try:
-                while b"READY=1" not in notify_socket.recv(4096):
-                    pass
-            except TimeoutError:
+                self._wait_ready(notify_socket)
+            except BaseException:
                 self.kill()
-                raise DeadlineError(f"daemon {role}", expected="ready", got=self.log()[-2000:]) from None
+                raise
             finally:
                 notify_path.unlink(missing_ok=True)
         self.info: dict[str, Any] = json.loads((self.runtime_dir / "daemon.json").read_text())
+
+    def _wait_ready(self, notify_socket: socket.socket) -> None:
+        deadline = time.monotonic() + START_DEADLINE_SECONDS
+        while self.returncode is None and time.monotonic() < deadline:
+            with contextlib.suppress(TimeoutError):
+                if b"READY=1" in notify_socket.recv(4096):
+                    return
+        got = "nothing" if self.returncode is None else f"exit status {self.returncode}"
+        raise DeadlineError(f"daemon {self.name}", expected="ready", got=f"{got}: {self.log()[-2000:]}")
 
     @property
     def address(self) -> str:

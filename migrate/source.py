@@ -46,6 +46,8 @@ from proto.messages import (
     Resume,
     Running,
     Switchover,
+    control_decoder,
+    encode,
 )
 from proto.preamble import NO_TOKEN, ConnectionKind, Preamble
 from proto.states import CANCELLABLE, Event, Role, State
@@ -62,11 +64,19 @@ class SourceMigration(Migration):
     role = Role.SOURCE
 
     def __init__(
-        self, guest: GuestLink, address: Address, quiet: Quiet, on_end: Callable[[Migration], None], *, bulk: bool = True
+        self,
+        guest: GuestLink,
+        address: Address,
+        quiet: Quiet,
+        on_end: Callable[[Migration], None],
+        *,
+        bulk: bool = True,
+        congestion_control: str | None = None,
     ) -> None:
         super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
         self.guest = guest
         self.bulk = bulk
+        self._congestion_control = congestion_control
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
@@ -135,6 +145,7 @@ class SourceMigration(Migration):
             self.advance(Event.PREPARE)
             self._control.send(Prepare(clock_offset_ns=self._clock.offset_ns, clock_uncertainty_ns=self._clock.uncertainty_ns))
             await self._control.receive(Prepared, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+            await self._rehearse()
             self.advance(Event.PAUSE)
             paused = await self._pause_guest()
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
@@ -145,6 +156,11 @@ class SourceMigration(Migration):
         if isinstance(answer, Aborted):
             raise PeerRefusedError("destination", expected="to resume the guest", got=answer.reason, code="aborted")
         self.advance(Event.RUNNING)
+
+    async def _rehearse(self) -> None:
+        await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
+        control_decoder().feed(encode(Switchover(epoch=self.epoch, state=bytes(256), last_step_ns=0)) + encode(Running(epoch=0)))
+        await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
 
     async def _pause_guest(self) -> Paused:
         self._paused = True  # from when it may be: undone by resume
@@ -183,7 +199,7 @@ class SourceMigration(Migration):
             self._plane.open_bulk()
 
     async def _dial(self, kind: ConnectionKind, token: bytes) -> socket.socket:
-        sock = await connect(self._address, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        sock = await connect(self._address, deadline_seconds=ANSWER_DEADLINE_SECONDS, congestion_control=self._congestion_control)
         await greet(sock, Preamble(kind, self.migration_id, self.epoch, token=token), ANSWER_DEADLINE_SECONDS)
         return sock
 

@@ -236,6 +236,16 @@ class Welcome(Message):
     software: Text
 
 
+class GuestPrepare(Message):
+    """daemon -> agent: a switchover is next. Answer ``prepared`` at once; what can be made ready for it, make ready."""
+
+    type: Literal["prepare"] = "prepare"
+
+
+class GuestPrepared(Message):
+    type: Literal["prepared"] = "prepared"
+
+
 class Pause(Message):
     """daemon -> agent: stop between two steps; answer ``paused`` or ``pause_failed`` before the deadline."""
 
@@ -299,8 +309,8 @@ class GuestFailed(Message):
 
 
 GuestMessage = Annotated[
-    Hello | Welcome | Refused | Pause | Paused | PauseFailed | Resume | ResumeFailed | Running | Stepped | GuestComplete
-    | GuestReleased | GuestFailed,
+    Hello | Welcome | Refused | GuestPrepare | GuestPrepared | Pause | Paused | PauseFailed | Resume | ResumeFailed | Running
+    | Stepped | GuestComplete | GuestReleased | GuestFailed,
     Field(discriminator="type"),
 ]  # fmt: skip
 

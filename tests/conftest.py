@@ -14,7 +14,7 @@ import pytest
 
 from migrate import host
 
-HUGETLB_PAGES = 160  # of 2 MiB: a guest of 128 MiB at both ends and some to spare
+HUGETLB_PAGES = host.HUGEPAGES_WANTED
 POOL = host.POOL_2M / "nr_hugepages"
 FREE = host.POOL_2M / "free_hugepages"
 DESELECTED: pytest.StashKey[dict[str, list[str]]] = pytest.StashKey()

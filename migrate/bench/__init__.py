@@ -1,7 +1,89 @@
-"""``postcopy bench``: each scenario beside a floor in bare C, in the same run."""
+"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved.
 
+Absolutes belong to one machine at one time; the ratios travel. What is recorded of the machine is CPU model, cores,
+memory and kernel version number.
+"""
+
+import json
+import os
+import platform
+import re
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from migrate.bench.figures import Bound, Result
+from migrate.bench.scenarios import SCENARIOS
+from migrate.errors import PostcopyError
 
 
-def run(scenarios: list[str], json_path: Path | None, *, check: bool, tiny: bool) -> bool:
-    return True
+def environment() -> dict[str, Any]:
+    """Of this machine: no host name, no release suffix."""
+    cpu = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    version = re.match(r"\d+(\.\d+)*", platform.release())
+    return {
+        "cpu_model": cpu[1] if cpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "kernel": version[0] if version else "unknown",
+    }
+
+
+def run(names: list[str], json_path: Path | None, *, check: bool, tiny: bool) -> bool:
+    """Run and print. False: ``check`` was asked for and a bound is missed. Raises PostcopyError for an unknown name."""
+    if unknown := set(names) - set(SCENARIOS):
+        raise PostcopyError("scenario", expected=", ".join(SCENARIOS), got=", ".join(sorted(unknown)), code="usage")
+    wanted = names or list(SCENARIOS)
+    results: list[Result] = []
+    console = Console(highlight=False, width=None if os.isatty(1) else 120)
+    for function in dict.fromkeys(SCENARIOS[name] for name in wanted):
+        console.print(f"running {', '.join(name for name in SCENARIOS if SCENARIOS[name] is function)} …")
+        got = function(tiny)
+        results += [result for result in (got if isinstance(got, list) else [got]) if result.name in wanted]
+    console.print(table(results))
+    if json_path is not None:
+        report = {"environment": environment(), "scenarios": [result.to_dict() for result in results]}
+        json_path.write_text(json.dumps(report, indent=2) + "\n")
+    return not check or _check(results, console)
+
+
+def in_unit(value: float, unit: str) -> str:
+    if unit == "bytes/second":
+        return f"{value / 1e9:.2f} GB/s"
+    return f"{value * 1e6:.1f} µs" if value < 0.001 else f"{value * 1e3:.2f} ms" if value < 0.2 else f"{value:.2f} s"
+
+
+def table(results: list[Result]) -> Table:
+    drawn = Table("scenario", "figure", "postcopy", "floor", "ratio")
+    for result in results:
+        for key in (key for key in ("p50", "p99", "value") if key in result.product):
+            drawn.add_row(
+                result.name,
+                key,
+                in_unit(result.product[key], result.unit),
+                in_unit(result.floor[key], result.unit),
+                f"{result.ratio[key]:.2f}",
+            )
+    return drawn
+
+
+def _check(results: list[Result], console: Console) -> bool:
+    drawn = Table("scenario", "figure", "reached", "bound", "")
+    good = True
+    for result in results:
+        for bound in result.bounds:
+            holds = bound.holds(result)
+            good = good and holds
+            drawn.add_row(result.name, bound.where, _number(bound, bound.value(result)), _limit(bound), "" if holds else "MISSED")
+    console.print(drawn)
+    return good
+
+
+def _number(bound: Bound, value: float) -> str:
+    return in_unit(value, "seconds") if bound.where.startswith("product.") else f"{value:.2f}"
+
+
+def _limit(bound: Bound) -> str:
+    return (">= " if bound.at_least else "<= ") + _number(bound, bound.limit)

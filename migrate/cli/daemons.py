@@ -18,16 +18,25 @@ InsecureOption = Annotated[
 ]
 
 
+CongestionOption = Annotated[
+    str | None,
+    typer.Option("--congestion-control", help="Of migration connections: bbr, cubic, reno, …; the system's if not given."),
+]
+
+
 def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command()(source)
     app.command()(destination)
 
 
 def source(
-    runtime_dir: RuntimeDirOption = None, metrics: MetricsOption = SOURCE_METRICS, insecure: InsecureOption = False
+    runtime_dir: RuntimeDirOption = None,
+    metrics: MetricsOption = SOURCE_METRICS,
+    insecure: InsecureOption = False,
+    congestion_control: CongestionOption = None,
 ) -> None:
     """Run a source daemon: guests attach to it and are moved away from it."""
-    _run("source", runtime_dir, None, metrics, insecure)
+    _run("source", runtime_dir, None, metrics, insecure, congestion_control)
 
 
 def destination(
@@ -35,12 +44,15 @@ def destination(
     runtime_dir: RuntimeDirOption = None,
     metrics: MetricsOption = DESTINATION_METRICS,
     insecure: InsecureOption = False,
+    congestion_control: CongestionOption = None,
 ) -> None:
     """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
-    _run("destination", runtime_dir, listen, metrics, insecure)
+    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control)
 
 
-def _run(role: str, runtime_dir: Path | None, listen: str | None, metrics: str, insecure: bool) -> None:
+def _run(
+    role: str, runtime_dir: Path | None, listen: str | None, metrics: str, insecure: bool, congestion_control: str | None
+) -> None:
     import uvloop
 
     from migrate.daemon import Daemon
@@ -53,6 +65,7 @@ def _run(role: str, runtime_dir: Path | None, listen: str | None, metrics: str, 
             listen_at=Address.parse(listen) if listen else None,
             metrics_at=None if metrics == "off" else Address.parse(metrics),
             insecure=insecure,
+            congestion_control=congestion_control,
         )
         await daemon.serve()
 

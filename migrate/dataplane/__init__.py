@@ -124,7 +124,7 @@ class Histogram:
 
 def prefer_latency() -> None:
     """This thread answers others: ask the scheduler for short slices (schedule.c)."""
-    lib.schedule_urgent()
+    lib.schedule_soon()
 
 
 class LoopThread:

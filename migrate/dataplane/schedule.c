@@ -12,7 +12,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define URGENT_SLICE_NS 100000u
+#define URGENT_SLICE_NS 100000u /* the least that may be asked for */
+#define SOON_SLICE_NS 500000u
 
 /* struct sched_attr, first version: glibc declares it from 2.41 on only. Source: include/uapi/linux/sched/types.h. */
 struct scheduling {
@@ -36,6 +37,16 @@ static void set(uint32_t policy, uint64_t slice_ns)
 void schedule_urgent(void)
 {
     set(SCHED_OTHER, URGENT_SLICE_NS);
+}
+
+void schedule_soon(void)
+{
+    set(SCHED_OTHER, SOON_SLICE_NS);
+}
+
+void schedule_normal(void)
+{
+    set(SCHED_OTHER, 0);
 }
 
 void schedule_bulk(void)

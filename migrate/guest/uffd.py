@@ -4,8 +4,10 @@ Sources: Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c of Li
 MINOR alone a touch of a hole reads zeroes without any event (tests/kernel/test_registering.py).
 """
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 
 from migrate.errors import HostLacksError, PostcopyError, errno_text
 from migrate.guest._uffd import ffi, lib
@@ -55,9 +57,17 @@ def open_userfaultfd(*, hugetlb: bool = False, user_mode_only: bool | None = Non
     return int(opened.fd)
 
 
-def prefer_latency() -> None:
-    """This thread answers the daemon within a downtime: ask the scheduler for short slices (dataplane/schedule.c)."""
-    lib.schedule_urgent()
+@contextlib.contextmanager
+def prefer_latency() -> Iterator[None]:
+    """This thread answers the daemon within a downtime: ask the scheduler for short slices (dataplane/schedule.c).
+
+    Threads made inside inherit that; those made afterwards do not.
+    """
+    lib.schedule_soon()
+    try:
+        yield
+    finally:
+        lib.schedule_normal()
 
 
 def _remedy(syscall_errno: int) -> str:

@@ -51,6 +51,9 @@ class WorkloadMachine:
     def start(self) -> None:
         self.workload.start(self._options.config)
 
+    def prepare(self) -> None:
+        self.workload.last_step_ns()
+
     def pause(self, deadline_seconds: float) -> tuple[bytes, int]:
         self.workload.pause(deadline_seconds)
         return self.workload.save(), self.workload.last_step_ns()

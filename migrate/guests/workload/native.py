@@ -107,6 +107,8 @@ class Touches:
     p50_seconds: float
     p99_seconds: float
     max_seconds: float
+    buckets: tuple[tuple[int, int], ...]
+    """Lower bound in ns and count of every bucket that is not empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ def _touches(copy: Any) -> Touches:
         p50_seconds=lib.histogram_quantile_ns(ffi.addressof(copy), 0.50) / 1e9,
         p99_seconds=lib.histogram_quantile_ns(ffi.addressof(copy), 0.99) / 1e9,
         max_seconds=copy.max_ns / 1e9,
+        buckets=tuple((lib.histogram_bucket_low_ns(i), count) for i, count in enumerate(copy.bucket) if count),
     )
 
 

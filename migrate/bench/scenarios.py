@@ -1,0 +1,259 @@
+"""The scenarios. Each interleaves the product with its floor and returns a Result; ``tiny`` only shows that it runs.
+
+Product and floor see the same: TCP over loopback, reno congestion control, memory that was touched a moment before, a
+guest that times its own touches. The product is two daemons and guests as processes of their own, as in use.
+"""
+
+import contextlib
+import http.client
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from migrate.bench.figures import Bound, Latencies, Result, quantile, samples_figures
+from migrate.bench.floor import floor, warm
+from migrate.pair import DaemonProcess, Pair, Process
+from migrate.session import MigrationStatus
+
+MIB = 1 << 20
+STALL_NS = 2000
+"""A touch under bulk that took longer was a fault; shorter ones found their page mapped."""
+CPU_TICK_SECONDS = 0.01
+
+
+def bench_pair() -> Pair:
+    return Pair(arguments=("--congestion-control", "reno"))
+
+
+class Shuttle:
+    """One guest moved to and fro between two daemons; its two processes take turns in being the guest."""
+
+    def __init__(self, pair: Pair, name: str, size_bytes: int, *options: str) -> None:
+        self.size_bytes = size_bytes
+        memory = f"{size_bytes // MIB}M"
+        here = pair.guest(pair.source, f"{name}-a", memory, "--stay", "--no-verify", *options)
+        there = pair.guest(pair.destination, f"{name}-b", memory, "--stay", "--no-verify", *options, waiting=True)
+        here.event("stepped", deadline_seconds=60)
+        self._ends: list[tuple[DaemonProcess, Process]] = [(pair.source, here), (pair.destination, there)]
+        self.arrived: dict[str, object] = {}
+
+    def move(self, *, bulk: bool = True, warmed: bool = False) -> MigrationStatus:
+        """One migration, complete; afterwards the other end waits for the way back."""
+        (leaves, leaving), (reaches, reaching) = self._ends
+        with leaves.client() as client:
+            if warmed:
+                warm(self.size_bytes)
+            begun = client.migrate(leaving.name, reaches.address, bulk=bulk)
+            status = client.status(begun.id, settled_within_seconds=60)
+        assert status.state == "complete", status
+        self.arrived = reaching.event("complete")
+        leaving.event("waiting")
+        self._ends.reverse()
+        return status
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Both processes stopped: beside another guest's measurement they must not work."""
+        for _, process in self._ends:
+            process.signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for _, process in self._ends:
+                process.signal(signal.SIGCONT)
+
+    def first_touches(self) -> list[list[int]]:
+        touches = self.arrived["first_touch"]
+        assert isinstance(touches, dict)
+        return list(touches["buckets"])
+
+
+def fault_idle(tiny: bool) -> Result:
+    """Random first touches of every page, no bulk."""
+    size_bytes, rounds = (4 * MIB, 1) if tiny else (64 * MIB, 6)
+    product, bare = Latencies(), Latencies()
+    with bench_pair() as pair:
+        shuttle = Shuttle(pair, "idle", size_bytes, "--pattern", "permute", "--write-ratio", "0")
+        for round_number in range(rounds):
+            shuttle.move(bulk=False, warmed=True)
+            product.add(shuttle.first_touches())
+            done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
+            bare.add(done["histogram"])
+    bounds = (Bound("ratio.p50", 1.15), Bound("ratio.p99", 1.5))
+    return Result("fault-idle", "seconds", product.figures(), bare.figures(), bounds)
+
+
+def fault_under_stream(tiny: bool) -> Result:
+    """Random first touches beside bulk at full rate; only those that stalled."""
+    size_bytes, rounds = (16 * MIB, 1) if tiny else (512 * MIB, 9)
+    product, bare = Latencies(STALL_NS), Latencies(STALL_NS)
+    p99: dict[str, list[float]] = {"product": [], "floor": []}
+    p50: dict[str, list[float]] = {"product": [], "floor": []}
+    with bench_pair() as pair:
+        shuttle = Shuttle(pair, "stream", size_bytes, "--pattern", "random", "--write-ratio", "0")
+        for round_number in range(rounds):
+            shuttle.move(warmed=True)
+            done = floor("fault-under-stream", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
+            for side, latencies, buckets in (
+                ("product", product, shuttle.first_touches()),
+                ("floor", bare, done["histogram"]),
+            ):
+                one = Latencies(STALL_NS)
+                one.add(buckets)
+                latencies.add(buckets)
+                p50[side].append(one.figures()["p50"])
+                p99[side].append(one.figures()["p99"])
+    # A run's p99 is a lottery while others use the machine: the median of the runs is quoted.
+    figures = [
+        {"p50": statistics.median(p50[side]), "p99": statistics.median(p99[side]), "n": latencies.figures()["n"]}
+        for side, latencies in (("product", product), ("floor", bare))
+    ]
+    bounds = (Bound("ratio.p50", 1.25), Bound("ratio.p99", 1.5))
+    return Result("fault-under-stream", "seconds", figures[0], figures[1], bounds, {"runs": rounds})
+
+
+def _cpu_seconds(daemon: DaemonProcess) -> float:
+    fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * CPU_TICK_SECONDS
+
+
+def _postcopy_seconds(status: MigrationStatus) -> float:
+    return status.timeline_seconds["complete"] - status.timeline_seconds["postcopy"]
+
+
+def stream_and_cpu(tiny: bool) -> list[Result]:
+    """A whole memory at full rate, and the CPU time of both daemons for it."""
+    size_bytes, rounds = (16 * MIB, 1) if tiny else (1024 * MIB, 7)
+    rates: list[float] = []
+    floor_rates: list[float] = []
+    floor_cpu: list[float] = []
+    with bench_pair() as pair:
+        shuttle = Shuttle(pair, "bulk", size_bytes, "--rate", "1")
+        before = _cpu_seconds(pair.source) + _cpu_seconds(pair.destination)
+        for round_number in range(rounds):
+            rates.append(size_bytes / _postcopy_seconds(shuttle.move(warmed=True)))
+            done = floor("stream", memory_bytes=size_bytes, seed=round_number)
+            floor_rates.append(done["value"])
+            floor_cpu.append(done["cpu_seconds_per_gib"])
+        cpu = _cpu_seconds(pair.source) + _cpu_seconds(pair.destination) - before
+    stream = Result(
+        "stream",
+        "bytes/second",
+        {"value": statistics.median(rates)},
+        {"value": statistics.median(floor_rates)},
+        (Bound("ratio.value", 0.9, at_least=True),),
+        {"runs": rounds},
+    )
+    per_gib = cpu / (rounds * size_bytes / (1 << 30))
+    bounds = (Bound("ratio.value", 1.25),)
+    return [
+        stream,
+        Result("cpu", "seconds", {"value": per_gib}, {"value": statistics.median(floor_cpu)}, bounds, {"runs": rounds}),
+    ]
+
+
+def _rss_anon_bytes(daemon: DaemonProcess) -> int:
+    for line in Path(f"/proc/{daemon.pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon in /proc/PID/status")
+
+
+def _hops(moves: int, into: list[float]) -> None:
+    for low_ns, count in floor("hops", moves=moves)["histogram"]:
+        into += [low_ns / 1e9] * count
+
+
+def _known(status: MigrationStatus) -> list[float]:
+    return [] if status.downtime_seconds is None else [status.downtime_seconds]
+
+
+def downtime(tiny: bool) -> Result:
+    """A busy guest moved to and fro: what it saw, at 16 MiB and, interleaved, at 4 GiB; the floor is the bare exchange."""
+    batches, moves, large_bytes = (1, 4, 64 * MIB) if tiny else (21, 48, 4096 * MIB)
+    small_seconds: list[float] = []
+    large_seconds: list[float] = []
+    bare: list[float] = []
+    with bench_pair() as pair:
+        large = Shuttle(pair, "large", large_bytes)
+        with large.frozen():
+            small = Shuttle(pair, "small", 16 * MIB)
+        rss_bytes = 0
+        for _ in range(batches):
+            with large.frozen():
+                for _ in range(moves):
+                    small_seconds += _known(small.move())
+            with small.frozen():
+                large_seconds += _known(large.move())
+                rss_bytes = max(rss_bytes, *(_rss_anon_bytes(daemon) for daemon in (pair.source, pair.destination)))
+                _hops(moves, bare)
+    result = Result("downtime", "seconds", samples_figures(small_seconds), samples_figures(bare))
+    p50_large = quantile(large_seconds, 0.5)
+    result.figures = {
+        "downtime_4gib_p50_seconds": p50_large,
+        "downtime_4gib_moves": len(large_seconds),
+        "downtime_4gib_over_16mib": p50_large / result.product["p50"],
+        "daemon_rss_anon_bytes": rss_bytes,
+        "daemon_rss_anon_bound_bytes": 96 * MIB + 2 * (large_bytes // 4096),
+    }
+    result.figures["daemon_rss_anon_share_of_bound"] = rss_bytes / result.figures["daemon_rss_anon_bound_bytes"]
+    result.bounds = (
+        Bound("product.p50", 0.0005),
+        Bound("product.p99", 0.002),
+        Bound("figures.downtime_4gib_over_16mib", 1.2),
+        Bound("figures.daemon_rss_anon_share_of_bound", 1.0),
+    )
+    return result
+
+
+@contextlib.contextmanager
+def scraped(pair: Pair, per_second: int) -> Iterator[list[float]]:
+    """Both daemons' /metrics read that often; gives the list that counts them."""
+    done, stop = [0.0], threading.Event()
+
+    def scrape() -> None:
+        while not stop.wait(1 / per_second):
+            for daemon in (pair.source, pair.destination):
+                host, _, port = daemon.metrics_address.rpartition(":")
+                connection = http.client.HTTPConnection(host, int(port), timeout=10)
+                connection.request("GET", "/metrics")
+                connection.getresponse().read()
+                connection.close()
+                done[0] += 1
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield done
+    finally:
+        stop.set()
+        thread.join()
+
+
+def downtime_scraped(tiny: bool) -> Result:
+    """The same at 16 MiB while both daemons are scraped ten times a second."""
+    batches, moves = (1, 4) if tiny else (10, 100)
+    seconds: list[float] = []
+    bare: list[float] = []
+    with bench_pair() as pair:
+        small = Shuttle(pair, "small", 16 * MIB)
+        with scraped(pair, 10) as done:
+            for _ in range(batches):
+                for _ in range(moves):
+                    seconds += _known(small.move())
+                with small.frozen():
+                    _hops(moves, bare)
+    bounds = (Bound("product.p99", 0.002),)
+    return Result("downtime-scraped", "seconds", samples_figures(seconds), samples_figures(bare), bounds, {"scrapes": done[0]})
+
+
+SCENARIOS: dict[str, Callable[[bool], Result | list[Result]]] = {
+    "fault-idle": fault_idle,
+    "fault-under-stream": fault_under_stream,
+    "stream": stream_and_cpu,
+    "cpu": stream_and_cpu,
+    "downtime": downtime,
+    "downtime-scraped": downtime_scraped,
+}

@@ -1,0 +1,369 @@
+"""Peers that say exactly what a test tells them to: a source daemon, a destination daemon, a guest.
+
+Plain blocking sockets with a deadline on every call, no threads: the test is the peer's whole mind. A fake guest's memory
+is registered and never touched, so nothing here can hang in a page fault.
+"""
+
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self, TypeVar
+
+from migrate.clock import clock_id, monotonic_ns
+from migrate.guest.memory import GuestMemory, MemorySpec
+from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
+from proto.messages import (
+    Accept,
+    Decoder,
+    GuestRegion,
+    Hello,
+    Message,
+    Offer,
+    OfferedRegion,
+    Pause,
+    Paused,
+    Prepare,
+    Prepared,
+    Ready,
+    Refused,
+    Resume,
+    Running,
+    Switchover,
+    Welcome,
+    control_decoder,
+    encode,
+    guest_decoder,
+)
+from proto.preamble import ANSWER_BYTES, NO_TOKEN, PREAMBLE_BYTES, Answer, AnswerCode, ConnectionKind, Preamble
+
+DEADLINE_SECONDS = 10.0
+TOKEN = b"sixteen bytes..."
+_M = TypeVar("_M", bound=Message)
+
+
+class PeerEndedError(Exception):
+    """The daemon closed the connection while more was awaited."""
+
+
+class Connection:
+    """Messages over one socket."""
+
+    def __init__(self, sock: socket.socket, decoder: Decoder[Message]) -> None:
+        sock.settimeout(DEADLINE_SECONDS)
+        self.socket = sock
+        self._decoder = decoder
+        self._messages: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.socket.sendall(encode(message))
+
+    def receive(self, *kinds: type[_M]) -> _M:
+        """The next message, which must be of one of these kinds. Raises PeerEndedError, AssertionError, TimeoutError."""
+        names = " or ".join(kind.__name__ for kind in kinds)
+        while not self._messages:
+            try:
+                data = self.socket.recv(1 << 16)
+            except ConnectionError as error:
+                raise PeerEndedError(f"instead of {names}") from error
+            if not data:
+                raise PeerEndedError(f"instead of {names}")
+            self._messages += self._decoder.feed(data)
+        message = self._messages.pop(0)
+        assert isinstance(message, kinds), f"{message!r} instead of {names}"
+        return message
+
+    def receive_end(self) -> None:
+        """Nothing but the end of the connection comes."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except ConnectionError:
+            return
+        assert data == b"", f"{len(data)} bytes more"
+        assert not self._messages, self._messages
+
+    def refused(self) -> Refused:
+        """The daemon's refusal, and then the end: what every kind of bad input must lead to."""
+        message = self.receive(Refused)
+        self.receive_end()
+        return message
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def receive_exactly(sock: socket.socket, size_bytes: int) -> bytes:
+    data = b""
+    while len(data) < size_bytes:
+        part = sock.recv(size_bytes - len(data))
+        if not part:
+            raise PeerEndedError(f"after {len(data)} of {size_bytes} bytes")
+        data += part
+    return data
+
+
+def closed_by_peer(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def place_of(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+class FakeSource:
+    """Dials a destination daemon. Each step is a method; ``until_running`` goes through them all."""
+
+    def __init__(self, address: str, regions: Sequence[tuple[int, int]] = ((1 << 20, 4096),), guest_id: str = "fake") -> None:
+        self.address = place_of(address)
+        self.regions = [OfferedRegion(size_bytes=size_bytes, page_bytes=page_bytes) for size_bytes, page_bytes in regions]
+        self.guest_id = guest_id
+        self.migration_id = os.urandom(16)
+        self.token = NO_TOKEN
+        self._sockets: list[socket.socket] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    def open(self, first_bytes: bytes = b"") -> socket.socket:
+        sock = socket.create_connection(self.address, DEADLINE_SECONDS)
+        self._sockets.append(sock)
+        sock.sendall(first_bytes)
+        return sock
+
+    def dial(
+        self, kind: ConnectionKind, *, token: bytes = NO_TOKEN, epoch: int = 0, stream_index: int = 0
+    ) -> tuple[socket.socket, Answer]:
+        sock = self.open(Preamble(kind, self.migration_id, epoch, stream_index, token).encode())
+        return sock, Answer.decode(receive_exactly(sock, ANSWER_BYTES))
+
+    def begin(self) -> Connection:
+        """The control connection, welcomed."""
+        sock, answer = self.dial(ConnectionKind.CONTROL)
+        assert answer.code is AnswerCode.WELCOME
+        self.control = Connection(sock, control_decoder())
+        return self.control
+
+    def offer(self) -> Accept:
+        self.begin().send(self.offered())
+        accept = self.control.receive(Accept)
+        self.token = accept.token
+        return accept
+
+    def offered(self) -> Offer:
+        return Offer(guest_id=self.guest_id, regions=self.regions, clock_id=clock_id(), software="a fake source")
+
+    def attach(self) -> None:
+        """Offered, accepted, urgent and bulk connected, ready."""
+        self.offer()
+        self.urgent, answer = self.dial(ConnectionKind.URGENT, token=self.token)
+        assert answer.code is AnswerCode.WELCOME
+        self.bulk, answer = self.dial(ConnectionKind.BULK, token=self.token)
+        assert answer.code is AnswerCode.WELCOME
+        self.control.receive(Ready)
+
+    def prepare(self) -> None:
+        self.attach()
+        self.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
+        self.control.receive(Prepared)
+
+    def switch_over(self, state: bytes = b"a state", epoch: int = 0) -> None:
+        self.prepare()
+        self.control.send(Switchover(epoch=epoch, state=state, last_step_ns=monotonic_ns()))
+
+    def until_running(self, guest: "FakeGuest", state: bytes = b"a state") -> None:
+        self.switch_over(state)
+        assert guest.resumed() == state
+        self.control.receive(Running)
+
+
+class FakeDestination:
+    """Listens for a source daemon. ``accept_control`` first; ``until("prepared")`` goes through the steps up to that one."""
+
+    STEPS = (
+        "connected",
+        "preamble",
+        "answered",
+        "offered",
+        "accepted",
+        "urgent",
+        "bulk",
+        "ready",
+        "prepare",
+        "prepared",
+        "switchover",
+    )
+
+    def __init__(self, clock: str | None = None) -> None:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener.settimeout(DEADLINE_SECONDS)
+        self._clock = clock or clock_id()
+        self._sockets: list[socket.socket] = [self._listener]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for sock in self._sockets:
+            sock.close()
+
+    @property
+    def address(self) -> str:
+        host, port = self._listener.getsockname()
+        return f"{host}:{port}"
+
+    def accept(self) -> socket.socket:
+        sock, _ = self._listener.accept()
+        sock.settimeout(DEADLINE_SECONDS)
+        self._sockets.append(sock)
+        return sock
+
+    def greet(self, kind: ConnectionKind) -> socket.socket:
+        sock = self.accept()
+        preamble = Preamble.decode(receive_exactly(sock, PREAMBLE_BYTES))
+        assert preamble.kind is kind
+        assert preamble.token == (NO_TOKEN if kind is ConnectionKind.CONTROL else TOKEN)
+        sock.sendall(Answer(AnswerCode.WELCOME).encode())
+        return sock
+
+    def accept_offer(self) -> Offer:
+        """Welcomed, offered; not yet accepted."""
+        self.control = Connection(self.greet(ConnectionKind.CONTROL), control_decoder())
+        return self.control.receive(Offer)
+
+    def send_accept(self) -> None:
+        self.control.send(Accept(token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination"))
+
+    def attach(self) -> None:
+        """Data connections are here; not yet said to be ready."""
+        self.accept_offer()
+        self.send_accept()
+        self.urgent = self.greet(ConnectionKind.URGENT)
+        self.bulk = self.greet(ConnectionKind.BULK)
+
+    def prepare(self) -> Prepare:
+        self.attach()
+        self.control.send(Ready())
+        return self.control.receive(Prepare)
+
+    def until_switchover(self) -> Switchover:
+        """The source has paused its guest for good."""
+        self.prepare()
+        self.control.send(Prepared())
+        return self.control.receive(Switchover)
+
+    def until(self, step: str) -> None:
+        """Everything up to and with this step of STEPS, then nothing more."""
+        wanted = self.STEPS.index(step)
+        if wanted <= 1:
+            sock = self.accept()
+            if step == "preamble":
+                receive_exactly(sock, PREAMBLE_BYTES)
+            return
+        if wanted == 2:
+            self.greet(ConnectionKind.CONTROL)
+            return
+        self.accept_offer()
+        actions = (
+            self.send_accept,
+            lambda: setattr(self, "urgent", self.greet(ConnectionKind.URGENT)),
+            lambda: setattr(self, "bulk", self.greet(ConnectionKind.BULK)),
+            lambda: self.control.send(Ready()),
+            lambda: self.control.receive(Prepare),
+            lambda: self.control.send(Prepared()),
+            lambda: self.control.receive(Switchover),
+        )
+        for action in actions[: wanted - 3]:
+            action()
+
+
+class FakeGuest:
+    """A guest's agent, in this process. Its memory is a memfd that nobody touches; ``attach`` may lie about all of it."""
+
+    def __init__(self, guest_id: str, role: Literal["running", "waiting"], memory: str = "1M") -> None:
+        self.memory = GuestMemory([MemorySpec.parse(memory)])
+        self.guest_id, self.role = guest_id, role
+        self.userfaultfd = self.memory.register() if role == "waiting" else -1
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.connection = Connection(self._socket, guest_decoder())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._socket.close()
+        if self.userfaultfd >= 0:
+            os.close(self.userfaultfd)
+        self.memory.close()
+
+    def hello(self, **changed: object) -> Hello:
+        facts: dict[str, object] = {
+            "major": PROTOCOL_MAJOR,
+            "minor": PROTOCOL_MINOR,
+            "guest_id": self.guest_id,
+            "role": self.role,
+            "regions": self.memory.regions,
+            "memory_files": len(self.memory.files),
+        }
+        return Hello.model_validate({**facts, **changed})
+
+    def region(self, **changed: object) -> GuestRegion:
+        return GuestRegion.model_validate({**self.memory.regions[0].model_dump(), **changed})
+
+    def descriptors(self) -> list[int]:
+        return self.memory.files + ([self.userfaultfd] if self.role == "waiting" else [])
+
+    def connect(self, socket_path: Path) -> None:
+        self._socket.connect(str(socket_path))
+
+    def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        if descriptors:
+            sent_bytes = socket.send_fds(self._socket, [data], list(descriptors))
+            data = data[sent_bytes:]
+        self._socket.sendall(data)
+
+    def attach(self, socket_path: Path) -> Self:
+        self.connect(socket_path)
+        self.send(encode(self.hello()), self.descriptors())
+        self.connection.receive(Welcome)
+        return self
+
+    def pauses(self, state: bytes = b"a state") -> None:
+        self.connection.receive(Pause)
+        self.connection.send(Paused(state=state, last_step_ns=monotonic_ns()))
+
+    def resumed(self) -> bytes | None:
+        """Told to run, with what state; says that it does."""
+        resume = self.connection.receive(Resume)
+        if resume.state is not None:
+            self.connection.send(Running(epoch=resume.epoch))
+        return resume.state
+
+    def told_nothing(self) -> bool:
+        """Whether the daemon has sent nothing since; what it did before it answered another request is here already."""
+        self._socket.setblocking(False)
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+            return False
+        except BlockingIOError:
+            return True
+        finally:
+            self._socket.settimeout(DEADLINE_SECONDS)
+
+
+def oversized() -> bytes:
+    """A length prefix beyond the bound, and nothing behind it: it must be refused before anything more is read."""
+    return struct.pack("<I", (1 << 20) + 1)
+
+
+def framed(body: bytes) -> bytes:
+    return struct.pack("<I", len(body)) + body

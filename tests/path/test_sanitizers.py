@@ -1,0 +1,82 @@
+"""The C core without Python: its mains as they are built for use, and under AddressSanitizer with UndefinedBehaviorSanitizer and
+under ThreadSanitizer. What they do and check themselves: tests/path/dataplane_main.c, tests/guests/workload_main.c.
+
+Builds stay in build-plain, build-asan and build-tsan at the root, so that the next run compiles only what changed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from migrate import host
+
+BUILD_DEADLINE_SECONDS = 120.0
+RUN_DEADLINE_SECONDS = 50.0
+OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
+RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
+STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
+
+BUILDS = [
+    pytest.param("plain"),
+    pytest.param("asan", marks=pytest.mark.requires("asan")),
+    pytest.param("tsan", marks=pytest.mark.requires("tsan")),
+]
+
+
+def run(command: list[str], deadline_seconds: float) -> str:
+    """Standard output; fails with all that was said when the command does. The child is killed and reaped at the deadline."""
+    beside_python = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, **STRICT, "PATH": beside_python}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=deadline_seconds, check=False)
+    said = f"{' '.join(command)}: status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, said
+    assert "runtime error" not in done.stderr, said
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def programs(request: pytest.FixtureRequest, repository: Path) -> Path:
+    """The build directory of one kind of build."""
+    kind: str = request.param
+    directory = repository / f"build-{kind}"
+    meson = [sys.executable, "-m", "mesonbuild.mesonmain"]
+    options = ["-Dpython=disabled", f"-Db_sanitize={OPTIONS[kind]}"]
+    try:
+        run([*meson, "setup", "--reconfigure", *options, str(directory), str(repository)], BUILD_DEADLINE_SECONDS)
+    except AssertionError:  # left behind by another meson, or by one that was killed
+        shutil.rmtree(directory, ignore_errors=True)
+        run([*meson, "setup", *options, str(directory), str(repository)], BUILD_DEADLINE_SECONDS)
+    run([*meson, "compile", "-C", str(directory), "dataplane-main", "workload-main"], BUILD_DEADLINE_SECONDS)
+    runtime = RUNTIMES[kind]
+    for name in ("dataplane-main", "workload-main"):
+        assert runtime is None or runtime in (directory / name).read_bytes(), f"{name} is not built under {OPTIONS[kind]}"
+    return directory
+
+
+def run_main(program: Path, *arguments: str) -> list[str]:
+    prefix, why = host.sanitizer_prefix(program.with_name("dataplane-main"))  # which without arguments only starts
+    assert why == ""
+    return run([*prefix, str(program), *arguments], RUN_DEADLINE_SECONDS).splitlines()
+
+
+@pytest.mark.timeout(180)  # may compile first
+@pytest.mark.requires("uffd")
+def test_data_plane(programs: Path) -> None:
+    scenarios = ["moves", "faults-only", "late-copies", "bad-frames"]
+    assert run_main(programs / "dataplane-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd", "hugetlb")
+def test_data_plane_on_hugetlbfs(programs: Path) -> None:
+    assert run_main(programs / "dataplane-main", "hugetlb") == ["hugetlb: held"]
+
+
+@pytest.mark.timeout(180)
+def test_workload(programs: Path) -> None:
+    patterns = ["sequential", "random", "zipf", "chase", "permute"]
+    assert run_main(programs / "workload-main", "1000", "10") == [f"{pattern}: held" for pattern in patterns]
