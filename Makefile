@@ -25,15 +25,16 @@ system:
 	@PYTHON='$(PYTHON)' sh deploy/system.sh
 
 .venv/dependencies.stamp: pyproject.toml deploy/requirements.py | system
-	@$(PY) -c '' 2>/dev/null || { rm -rf build; $(PYTHON) -m venv --clear .venv; }
+	@$(PY) -c '' 2>/dev/null || { rm -rf build; '$(PYTHON)' -m venv --clear .venv; }
 	@$(PY) deploy/requirements.py pyproject.toml > .venv/requirements.txt
 	$(PY) -m pip install --quiet -r .venv/requirements.txt
 	@touch $@
 
 # Not editable: what is tested is what a wheel holds. The build directory stays, so that the next build is a short one.
 .venv/installed.stamp: .venv/dependencies.stamp $(SOURCES)
+	@touch .venv/installing.stamp # what is edited from here on is newer than the build
 	PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m pip install --quiet --force-reinstall --no-deps --no-build-isolation --config-settings=build-dir=build .
-	@touch $@
+	@mv .venv/installing.stamp $@
 
 build: system .venv/installed.stamp
 

@@ -34,7 +34,7 @@ else
         *) fail "$python has no $header: install it with its headers, or choose another: make PYTHON=/usr/bin/python3" ;;
         esac
     fi
-    if ! "$python" -c 'import ensurepip, venv' 2>/dev/null; then
+    if ! "$python" -c 'import venv; from ensurepip import bootstrap' 2>/dev/null; then
         case $base in
         /usr/bin/*) lacks "venv and ensurepip of $python" "$name-venv" ;;
         *) fail "$python has no venv or no ensurepip; choose another: make PYTHON=/usr/bin/python3" ;;
@@ -51,11 +51,13 @@ for tool in unshare setpriv setarch; do
 done
 
 [ -n "$packages" ] || exit 0
+[ -z "${POSTCOPY_SYSTEM_INSTALLED-}" ] || fail "still missing after the installation; see above"
 install="apt-get install --yes --no-install-recommends$packages"
 command -v apt-get >/dev/null || fail "install by this system's own means what Debian calls:$packages"
-[ "$(id -u)" = 0 ] || fail "this needs root: run  sudo apt-get update && sudo $install"
+[ "$(id -u)" = 0 ] || fail "this needs root; as root, run:  apt-get update && $install"
 echo "make system: installing as root:$packages"
 export DEBIAN_FRONTEND=noninteractive
 apt-get update
 # shellcheck disable=SC2086 # a list of words
 $install
+POSTCOPY_SYSTEM_INSTALLED=yes exec sh "$0" # is it all there now, and is this Python young enough?

@@ -119,6 +119,7 @@ class ControlConnection(asyncio.Protocol):
         what, expected, got = (str(getattr(error, name, ""))[:2000] for name in ("what", "expected", "got"))
         self.send(Refused(code=code, what=what or str(error)[:2000], expected=expected, got=got))
         self._error = self._error or error
+        self._messages.clear()  # the reason is this one, not what came before it and was not read
         self.close()
 
     def fail(self, error: Exception) -> None:

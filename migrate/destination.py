@@ -143,8 +143,6 @@ class DestinationMigration(Migration):
         self._sockets[kind] = sock
         if kind is ConnectionKind.URGENT:
             self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
-        else:
-            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno()))
         if len(self._sockets) == 2:
             self._attached.set_result(None)
 
@@ -173,6 +171,13 @@ class DestinationMigration(Migration):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self.advance(Event.RUNNING)
             self._control.send(Running(epoch=self.epoch))
+        self._begin_bulk()
+
+    def _begin_bulk(self) -> None:
+        """Only now (P2): a page that came before the guest was paused is not final, and would stay in a guest that waits on."""
+        assert self._plane is not None
+        plane, sock = self._plane, self._sockets[ConnectionKind.BULK]
+        self.start_loop("receive", lambda: plane.receive_loop(sock.fileno()))
 
     def _rehearse(self) -> None:
         control_decoder().feed(encode(Switchover(epoch=self.epoch, state=bytes(256), last_step_ns=0)) + encode(Running(epoch=0)))

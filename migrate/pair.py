@@ -27,6 +27,7 @@ from migrate.session import MigrationStatus
 COMMAND: tuple[str, ...] = (sys.executable, "-P", "-m", "migrate")
 START_DEADLINE_SECONDS = 20.0
 END_DEADLINE_SECONDS = 10.0
+SIGTERM_AGAIN_SECONDS = 0.5
 
 
 class Process:
@@ -93,11 +94,15 @@ class Process:
             ) from None
 
     def end(self, deadline_seconds: float = END_DEADLINE_SECONDS) -> None:
-        """SIGTERM, then SIGKILL; reaped when this returns."""
-        if self._process.poll() is None:
+        """SIGTERM until it ends, then SIGKILL; reaped when this returns.
+
+        Again and again: a daemon with a stalled migration waits for a second one, and two at once may arrive as one.
+        """
+        deadline = time.monotonic() + deadline_seconds
+        while self._process.poll() is None and time.monotonic() < deadline:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(deadline_seconds)
+                self._process.wait(SIGTERM_AGAIN_SECONDS)
         self.kill()
 
     def kill(self) -> None:
@@ -176,8 +181,6 @@ class Pair:
             if child.returncode is None:
                 child.signal(signal.SIGTERM)
         for child in self._children:
-            if child.returncode is None:
-                child.signal(signal.SIGTERM)  # a stalled migration does not hold us up
             child.end()
         shutil.rmtree(self.directory, ignore_errors=True)
 

@@ -6,6 +6,8 @@
 
 #include "result.h"
 
+#define EXPECTED_BYTES_MAX (1 << 20) /* well below what the receive buffer may grow to */
+
 static ssize_t moved_or_failed(ssize_t moved_bytes, const char *where, struct loop_result *result)
 {
     if (moved_bytes >= 0)
@@ -14,6 +16,17 @@ static ssize_t moved_or_failed(ssize_t moved_bytes, const char *where, struct lo
         return 0;
     result_fail(result, errno == EPIPE || errno == ECONNRESET ? LOOP_PEER_CLOSED : LOOP_CONNECTION_FAILED, errno, where);
     return -1;
+}
+
+bool channel_expect(struct channel *channel, size_t expected_bytes, struct loop_result *result)
+{
+    if (expected_bytes == channel->expected_bytes)
+        return true;
+    int least_bytes = expected_bytes > EXPECTED_BYTES_MAX ? EXPECTED_BYTES_MAX : (int)expected_bytes;
+    if (setsockopt(channel->socket, SOL_SOCKET, SO_RCVLOWAT, &least_bytes, sizeof(least_bytes)) < 0)
+        return result_fail(result, LOOP_CONNECTION_FAILED, errno, "SO_RCVLOWAT");
+    channel->expected_bytes = expected_bytes;
+    return true;
 }
 
 ssize_t channel_receive(struct channel *channel, void *buffer, size_t capacity_bytes, struct loop_result *result)

@@ -11,7 +11,12 @@
 
 struct channel {
     int socket; /* borrowed */
+    size_t expected_bytes;
 };
+
+/* Let a wait for input end only when that much is there (or the connection ends): a wake-up costs more than many copies.
+ * Never more than the peer is known to send next. False: result says why not. */
+bool channel_expect(struct channel *channel, size_t expected_bytes, struct loop_result *result);
 
 /* Never waits. Bytes received, 0 when nothing is there now, -1 with result set when the connection ended or failed. */
 ssize_t channel_receive(struct channel *channel, void *buffer, size_t capacity_bytes, struct loop_result *result);

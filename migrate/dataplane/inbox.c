@@ -9,7 +9,7 @@
 
 #include "result.h"
 
-#define INBOX_BYTES_MIN (512u << 10)
+#define INBOX_BYTES_MIN (1088u << 10) /* the longest run of the stream loop, and the beginning of the next */
 #define INBOX_URGENT_BYTES_MIN (64u << 10)
 
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path)
@@ -20,7 +20,7 @@ int inbox_init(struct inbox *inbox, const struct destination *destination, int s
             page_bytes_max = destination->memory.regions[i].memory.page_bytes;
     size_t wanted_bytes = 2 * (page_bytes_max + FRAME_HEADER_BYTES); /* a whole page and the start of the next */
     size_t least_bytes = path == PATH_BULK ? INBOX_BYTES_MIN : INBOX_URGENT_BYTES_MIN;
-    *inbox = (struct inbox){.channel = {socket}, .path = path};
+    *inbox = (struct inbox){.channel = {.socket = socket}, .path = path};
     inbox->capacity_bytes = wanted_bytes > least_bytes ? wanted_bytes : least_bytes;
     inbox->buffer = malloc(inbox->capacity_bytes);
     return inbox->buffer ? 0 : ENOMEM;
@@ -86,6 +86,15 @@ static bool take_all(struct inbox *inbox, struct destination *destination, struc
         if (inbox->start == start_before)
             return true;
     }
+}
+
+bool inbox_expect_run(struct inbox *inbox, struct loop_result *result)
+{
+    size_t here_bytes = inbox->end - inbox->start;
+    uint64_t whole_bytes = inbox->payload_bytes_left > 0 ? inbox->payload_bytes_left : FRAME_HEADER_BYTES;
+    uint64_t wanted_bytes = whole_bytes > here_bytes ? whole_bytes - here_bytes : 1;
+    size_t room_bytes = inbox->capacity_bytes - inbox->end;
+    return channel_expect(&inbox->channel, wanted_bytes < room_bytes ? wanted_bytes : room_bytes, result);
 }
 
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result)

@@ -21,6 +21,9 @@ struct inbox {
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path);
 void inbox_deinit(struct inbox *inbox);
 
+/* Let a wait end only when the rest of the current frame is there, or as much of it as fits. */
+bool inbox_expect_run(struct inbox *inbox, struct loop_result *result);
+
 /* Receive what is there and take every whole page of it. False: result says why not. */
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result);
 

@@ -11,7 +11,7 @@ struct region {
     uint64_t first_page; /* flat number of its page 0 */
     uint64_t page_count;
     bool is_hugetlb;
-    char *alias; /* destination: second mapping, never registered; NULL where a store could raise SIGBUS */
+    char *alias; /* second mapping, never registered; NULL where touching it could raise SIGBUS */
 };
 
 struct memory {

@@ -17,7 +17,8 @@ void receive_loop(struct destination *destination, int bulk_socket, struct loop_
         return;
     }
     schedule_bulk();
-    while (wait_ready(bulk_socket, POLLIN, destination->stop_fd, result) && inbox_take(&inbox, destination, result))
+    while (inbox_expect_run(&inbox, result) && wait_ready(bulk_socket, POLLIN, destination->stop_fd, result) &&
+           inbox_take(&inbox, destination, result))
         ;
     inbox_deinit(&inbox);
 }

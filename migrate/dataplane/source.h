@@ -22,8 +22,7 @@ struct source {
 /* True for the caller who is the first to send the page. */
 bool source_mark_sent(struct source *source, uint64_t page);
 /* Read whole pages of the guest's memory; never a signal. False: result says why not. */
-bool source_read_pages(const struct source *source, const struct region *region, uint64_t page_index, uint64_t page_count, char *buffer,
-                       struct loop_result *result);
+bool source_read_pages(const struct region *region, uint64_t page_index, uint64_t page_count, char *buffer, struct loop_result *result);
 /* Are all the page's bytes zero? */
 bool page_is_zero(const char *bytes, size_t size_bytes);
 

@@ -11,7 +11,9 @@
 #include "schedule.h"
 #include "source.h"
 
-#define RUN_BYTES (256u << 10)
+#define RUN_BYTES (1u << 20)         /* fewest wake-ups a byte: 256 KiB runs reach 0.88 of its rate, 64 KiB ones 0.75 */
+#define RUN_BYTES_FAULTS (64u << 10) /* while faults come: what a fault may have to wait behind */
+#define ROUNDS_AFTER_FAULT 16
 
 struct stream_context {
     struct source *source;
@@ -19,6 +21,7 @@ struct stream_context {
     char *buffer; /* one run */
     size_t buffer_bytes;
     uint64_t cursor; /* flat page */
+    uint32_t rounds_of_faults; /* so many rounds more in small runs */
 };
 
 static const struct region *region_of_page(const struct source *source, uint64_t page)
@@ -68,6 +71,10 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
 {
     struct source *source = context->source;
     uint64_t steer = atomic_exchange_explicit(&source->steer, STEER_NONE, memory_order_relaxed);
+    if (steer != STEER_NONE)
+        context->rounds_of_faults = ROUNDS_AFTER_FAULT;
+    else if (context->rounds_of_faults > 0)
+        context->rounds_of_faults--;
     if (steer != STEER_NONE && steer < source->memory.page_total && steer != context->cursor) {
         context->cursor = steer;
         count_sent(&source->steers, 1);
@@ -77,21 +84,22 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
         return result_fail(result, LOOP_FINISHED, 0, "stream");
     const struct region *region = region_of_page(source, page);
     uint64_t page_index = page - region->first_page;
-    uint64_t run_pages_max = context->buffer_bytes / region->memory.page_bytes;
+    uint64_t run_bytes_max = context->rounds_of_faults > 0 ? RUN_BYTES_FAULTS : context->buffer_bytes;
+    uint64_t run_pages_max = run_bytes_max < region->memory.page_bytes ? 1 : run_bytes_max / region->memory.page_bytes;
     uint64_t run_pages = 0;
     while (run_pages < run_pages_max && page_index + run_pages < region->page_count && source_mark_sent(source, page + run_pages))
         run_pages++;
     context->cursor = page + run_pages;
     if (run_pages == 0) /* asked for in this moment */
         return true;
-    return source_read_pages(source, region, page_index, run_pages, context->buffer, result) &&
+    return source_read_pages(region, page_index, run_pages, context->buffer, result) &&
            send_run(context, region, page_index, run_pages, context->buffer, result);
 }
 
 void stream_loop(struct source *source, int bulk_socket, struct loop_result *result)
 {
     result_reset(result);
-    struct stream_context context = {.source = source, .channel = {bulk_socket}, .buffer_bytes = RUN_BYTES};
+    struct stream_context context = {.source = source, .channel = {.socket = bulk_socket}, .buffer_bytes = RUN_BYTES};
     for (uint32_t i = 0; i < source->memory.region_count; i++)
         if (source->memory.regions[i].memory.page_bytes > context.buffer_bytes)
             context.buffer_bytes = source->memory.regions[i].memory.page_bytes;

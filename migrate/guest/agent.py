@@ -108,7 +108,8 @@ class Agent:
         descriptors = self.memory.files + ([self.userfaultfd] if role == "waiting" else [])
         data = encode(hello)
         sent_bytes = socket.send_fds(self._socket, [data], descriptors)
-        self._socket.sendall(data[sent_bytes:])
+        if sent_bytes < len(data):  # sending nothing at all is EPIPE when the daemon has refused already: then its answer is lost
+            self._socket.sendall(data[sent_bytes:])
         answer = self._receive_one()
         if isinstance(answer, Refused):
             raise PeerRefusedError(answer.what, expected=answer.expected, got=answer.got, code=answer.code)

@@ -18,6 +18,8 @@ from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.messages import (
     Accept,
     Decoder,
+    GuestPrepare,
+    GuestPrepared,
     GuestRegion,
     Hello,
     Message,
@@ -171,17 +173,20 @@ class FakeSource:
         assert answer.code is AnswerCode.WELCOME
         self.control.receive(Ready)
 
-    def prepare(self) -> None:
+    def prepare(self, guest: "FakeGuest | None" = None) -> None:
+        """``guest``: the one that waits, when it is a fake too and has to answer."""
         self.attach()
         self.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
+        if guest is not None:
+            guest.prepared()
         self.control.receive(Prepared)
 
-    def switch_over(self, state: bytes = b"a state", epoch: int = 0) -> None:
-        self.prepare()
+    def switch_over(self, guest: "FakeGuest | None" = None, state: bytes = b"a state", epoch: int = 0) -> None:
+        self.prepare(guest)
         self.control.send(Switchover(epoch=epoch, state=state, last_step_ns=monotonic_ns()))
 
     def until_running(self, guest: "FakeGuest", state: bytes = b"a state") -> None:
-        self.switch_over(state)
+        self.switch_over(guest, state)
         assert guest.resumed() == state
         self.control.receive(Running)
 
@@ -261,6 +266,10 @@ class FakeDestination:
         self.control.send(Prepared())
         return self.control.receive(Switchover)
 
+    def refusal_after_switchover(self) -> Refused:
+        self.control.receive(Switchover)
+        return self.control.refused()
+
     def until(self, step: str) -> None:
         """Everything up to and with this step of STEPS, then nothing more."""
         wanted = self.STEPS.index(step)
@@ -329,7 +338,8 @@ class FakeGuest:
         if descriptors:
             sent_bytes = socket.send_fds(self._socket, [data], list(descriptors))
             data = data[sent_bytes:]
-        self._socket.sendall(data)
+        if data:
+            self._socket.sendall(data)
 
     def attach(self, socket_path: Path) -> Self:
         self.connect(socket_path)
@@ -337,8 +347,16 @@ class FakeGuest:
         self.connection.receive(Welcome)
         return self
 
+    def prepared(self) -> None:
+        self.connection.receive(GuestPrepare)
+        self.connection.send(GuestPrepared())
+
+    def told_to_pause(self) -> None:
+        while isinstance(self.connection.receive(GuestPrepare, Pause), GuestPrepare):
+            self.connection.send(GuestPrepared())
+
     def pauses(self, state: bytes = b"a state") -> None:
-        self.connection.receive(Pause)
+        self.told_to_pause()
         self.connection.send(Paused(state=state, last_step_ns=monotonic_ns()))
 
     def resumed(self) -> bytes | None:

@@ -14,6 +14,11 @@ POLL_SECONDS = 0.005
 class Commuter:
     """Two workload guests that stay: one runs, the other waits, and they change roles with each move."""
 
+    waits: Process
+    runs: Process
+    goes_to: DaemonProcess
+    is_at: DaemonProcess
+
     def __init__(self, pair: Pair, name: str, *memory: str, options: tuple[str, ...] = ()) -> None:
         self.pair = pair
         extra = [argument for more in memory[1:] for argument in ("--memory", more)]
@@ -23,11 +28,6 @@ class Commuter:
             ends.append((pair.guest(daemon, guest_id, memory[0], *extra, "--stay", *options, waiting=waiting), daemon))
         (self.waits, self.goes_to), (self.runs, self.is_at) = ends
         self.runs.event("stepped", deadline_seconds=DEADLINE_SECONDS)
-
-    waits: Process
-    runs: Process
-    goes_to: DaemonProcess
-    is_at: DaemonProcess
 
     @property
     def guest_id(self) -> str:
@@ -48,6 +48,12 @@ class Commuter:
         self.waits, self.runs = self.runs, self.waits
         self.goes_to, self.is_at = self.is_at, self.goes_to
         return verified
+
+
+    def end(self) -> None:
+        """Both of its processes."""
+        self.runs.kill()
+        self.waits.kill()
 
 
 def until(condition: Callable[[], bool], what: str, deadline_seconds: float = DEADLINE_SECONDS) -> None:
