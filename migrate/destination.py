@@ -18,7 +18,7 @@ from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histog
 from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
 from migrate.session import Migration, on_own_thread
-from migrate.switchover import Quiet
+from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
     Aborted,
@@ -38,8 +38,6 @@ from proto.messages import (
     ResumeFailed,
     Running,
     Switchover,
-    control_decoder,
-    encode,
 )
 from proto.preamble import ConnectionKind
 from proto.states import Event, Role, State
@@ -154,7 +152,7 @@ class DestinationMigration(Migration):
             self.advance(Event.PREPARE)
             assert self.guest is not None
             await self.guest.prepare(PREPARED_DEADLINE_SECONDS)
-            self._rehearse()
+            rehearse(self.epoch)
             self._control.send(Prepared())
             switchover = await self._receive_or_cancel(Switchover, deadline_seconds=PREPARED_DEADLINE_SECONDS)
             assert isinstance(switchover, Switchover)
@@ -171,6 +169,8 @@ class DestinationMigration(Migration):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self.advance(Event.RUNNING)
             self._control.send(Running(epoch=self.epoch))
+        if self.downtime_ns is not None:  # the guest's first step came in one piece with its `running`
+            self._control.send(self._progress())
         self._begin_bulk()
 
     def _begin_bulk(self) -> None:
@@ -178,9 +178,6 @@ class DestinationMigration(Migration):
         assert self._plane is not None
         plane, sock = self._plane, self._sockets[ConnectionKind.BULK]
         self.start_loop("receive", lambda: plane.receive_loop(sock.fileno()))
-
-    def _rehearse(self) -> None:
-        control_decoder().feed(encode(Switchover(epoch=self.epoch, state=bytes(256), last_step_ns=0)) + encode(Running(epoch=0)))
 
     def _check_switchover(self, switchover: Switchover) -> None:
         """The last moment at which this side may say no; it is recorded before it is said (P4)."""

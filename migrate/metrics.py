@@ -119,8 +119,10 @@ class DaemonCollector(Collector):
             "postcopy_migration_phase", "1 for the state that a migration is in.", labels=["role", "guest", "phase"]
         )
         queue = GaugeMetricFamily("postcopy_requests_outstanding", "Pages asked for and not answered.", labels=["guest"])
-        final = GaugeMetricFamily("postcopy_pages_final", "Pages of a migration that are final here.", labels=labels)
-        total = GaugeMetricFamily("postcopy_pages_total", "Pages of a migration.", labels=labels)
+        final = GaugeMetricFamily(
+            "postcopy_migration_pages_final", "Pages of a running migration that are final here.", labels=labels
+        )
+        total = GaugeMetricFamily("postcopy_migration_pages", "Pages of a running migration.", labels=labels)
         for migration in list(daemon.migrations.values()):
             if migration.ended:
                 continue

@@ -25,7 +25,7 @@ from migrate.errors import (
 from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect, greet
 from migrate.session import Migration
-from migrate.switchover import Quiet
+from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
     Aborted,
@@ -46,8 +46,6 @@ from proto.messages import (
     Resume,
     Running,
     Switchover,
-    control_decoder,
-    encode,
 )
 from proto.preamble import NO_TOKEN, ConnectionKind, Preamble
 from proto.states import CANCELLABLE, Event, Role, State
@@ -143,9 +141,11 @@ class SourceMigration(Migration):
         assert self._plane is not None
         async with self._quiet:
             self.advance(Event.PREPARE)
+            await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
             self._control.send(Prepare(clock_offset_ns=self._clock.offset_ns, clock_uncertainty_ns=self._clock.uncertainty_ns))
             await self._control.receive(Prepared, deadline_seconds=ANSWER_DEADLINE_SECONDS)
-            await self._rehearse()
+            rehearse(self.epoch)
+            await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
             self.advance(Event.PAUSE)
             paused = await self._pause_guest()
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
@@ -156,11 +156,6 @@ class SourceMigration(Migration):
         if isinstance(answer, Aborted):
             raise PeerRefusedError("destination", expected="to resume the guest", got=answer.reason, code="aborted")
         self.advance(Event.RUNNING)
-
-    async def _rehearse(self) -> None:
-        await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
-        control_decoder().feed(encode(Switchover(epoch=self.epoch, state=bytes(256), last_step_ns=0)) + encode(Running(epoch=0)))
-        await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
 
     async def _pause_guest(self) -> Paused:
         self._paused = True  # from when it may be: undone by resume

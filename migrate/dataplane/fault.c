@@ -179,6 +179,7 @@ void fault_loop(struct destination *destination, int urgent_socket, struct loop_
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;
     }
+    thread_named("fault");
     schedule_urgent();
     while (fault_round(&context, result))
         ;

@@ -16,6 +16,7 @@ void receive_loop(struct destination *destination, int bulk_socket, struct loop_
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;
     }
+    thread_named("receive");
     schedule_bulk();
     while (inbox_expect_run(&inbox, result) && wait_ready(bulk_socket, POLLIN, destination->stop_fd, result) &&
            inbox_take(&inbox, destination, result))

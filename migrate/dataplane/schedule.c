@@ -6,6 +6,7 @@
  * whose thread wakes beside two busy bulk threads and a busy guest waits milliseconds at times. */
 #include "schedule.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
 #include <sys/resource.h>
@@ -32,6 +33,11 @@ static void set(uint32_t policy, uint64_t slice_ns)
     struct scheduling wanted = {.size = sizeof(wanted), .policy = policy, .runtime_ns = slice_ns};
     wanted.nice = getpriority(PRIO_PROCESS, 0);
     syscall(SYS_sched_setattr, 0, &wanted, 0);
+}
+
+void thread_named(const char *name)
+{
+    pthread_setname_np(pthread_self(), name);
 }
 
 void schedule_urgent(void)

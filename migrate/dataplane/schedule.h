@@ -2,6 +2,9 @@
 #ifndef POSTCOPY_SCHEDULE_H
 #define POSTCOPY_SCHEDULE_H
 
+/* The name that ps -L, top -H and perf show: fault, receive, serve, stream. */
+void thread_named(const char *name);
+
 /* A page fault waits for this thread: run it as soon as it is woken, before all others here. */
 void schedule_urgent(void);
 /* Other processes wait for this thread's answers: run it before those that only work. */

@@ -82,6 +82,7 @@ void serve_loop(struct source *source, int urgent_socket, struct loop_result *re
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
         return;
     }
+    thread_named("serve");
     schedule_urgent();
     if (wait_ready(source->open_fd, POLLIN, source->stop_fd, result))
         while (serve_round(&context, result))

@@ -108,6 +108,7 @@ void stream_loop(struct source *source, int bulk_socket, struct loop_result *res
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
         return;
     }
+    thread_named("stream");
     schedule_bulk();
     if (wait_ready(source->open_bulk_fd, POLLIN, source->stop_fd, result))
         while (stream_round(&context, result))

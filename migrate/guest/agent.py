@@ -41,6 +41,9 @@ from proto.messages import (
     guest_decoder,
 )
 
+FIRST_STEP_MS = 2
+"""How long `running` waits for the guest's first step; it is told then in any case."""
+
 log = structlog.get_logger("postcopy.agent")
 
 
@@ -81,6 +84,9 @@ class Agent:
         self.userfaultfd = memory.register() if role is GuestRole.WAITING else -1
         self._epoch: int | None = None
         self._paused = False
+        self._machine_events = select.poll()
+        if machine.event_fd() >= 0:
+            self._machine_events.register(machine.event_fd(), select.POLLIN)
         self._socket: socket.socket | None = None
         self._decoder = guest_decoder()
         self._handlers: dict[type[Message], Callable[..., None]] = {
@@ -222,6 +228,8 @@ class Agent:
             return
         self._epoch = message.epoch
         self.role = GuestRole.ARRIVING
+        # Telling it keeps both daemons busy, just when the guest's first faults want the CPUs: let those go first.
+        self._machine_events.poll(FIRST_STEP_MS)
         self._send(Running(epoch=message.epoch))
 
     def _complete(self, _: GuestComplete) -> None:

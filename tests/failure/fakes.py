@@ -266,6 +266,19 @@ class FakeDestination:
         self.control.send(Prepared())
         return self.control.receive(Switchover)
 
+    def switch_over(self, guest: "FakeGuest") -> None:
+        """The guest is paused there and said to run here."""
+        self.prepare()
+        self.control.send(Prepared())
+        guest.pauses()
+        switchover = self.control.receive(Switchover)
+        self.control.send(Running(epoch=switchover.epoch))
+
+    def until_gone(self) -> None:
+        """The source has given its guest away; and that is the last that is heard of this side."""
+        self.control.receive(Switchover)
+        self.control.close()
+
     def refusal_after_switchover(self) -> Refused:
         self.control.receive(Switchover)
         return self.control.refused()
@@ -365,6 +378,11 @@ class FakeGuest:
         if resume.state is not None:
             self.connection.send(Running(epoch=resume.epoch))
         return resume.state
+
+    def told_only_the_end(self) -> bool:
+        """Whether the connection ended with nothing said before it."""
+        self.connection.receive_end()
+        return True
 
     def told_nothing(self) -> bool:
         """Whether the daemon has sent nothing since; what it did before it answered another request is here already."""

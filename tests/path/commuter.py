@@ -19,14 +19,14 @@ class Commuter:
     goes_to: DaemonProcess
     is_at: DaemonProcess
 
-    def __init__(self, pair: Pair, name: str, *memory: str, options: tuple[str, ...] = ()) -> None:
-        self.pair = pair
+    def __init__(self, pair: Pair, name: str, *memory: str, options: tuple[str, ...] = (), there: Process | None = None) -> None:
+        """``there``: one that waits at the destination already."""
         extra = [argument for more in memory[1:] for argument in ("--memory", more)]
-        ends = []
-        for daemon, waiting in ((pair.destination, True), (pair.source, False)):
-            guest_id = f"{name}-{'there' if waiting else 'here'}"
-            ends.append((pair.guest(daemon, guest_id, memory[0], *extra, "--stay", *options, waiting=waiting), daemon))
-        (self.waits, self.goes_to), (self.runs, self.is_at) = ends
+        arguments = [memory[0], *extra, "--stay", *options]
+        self.pair = pair
+        self.waits = there or pair.guest(pair.destination, f"{name}-there", *arguments, waiting=True)
+        self.runs = pair.guest(pair.source, f"{name}-here", *arguments)
+        self.goes_to, self.is_at = pair.destination, pair.source
         self.runs.event("stepped", deadline_seconds=DEADLINE_SECONDS)
 
     @property

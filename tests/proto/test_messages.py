@@ -42,6 +42,8 @@ GUEST: dict[str, dict[str, Any]] = {
     },
     "welcome": {"major": 1, "minor": 0, "software": "postcopy 0.1"},
     "refused": CONTROL["refused"],
+    "prepare": {},
+    "prepared": {},
     "pause": {"deadline_ms": 100},
     "paused": {"state": STATE, "last_step_ns": 9},
     "pause_failed": {"reason": "busy"},

@@ -72,7 +72,8 @@ CONTROL = [
     messages.Released, messages.Cancel,
 ]  # fmt: skip
 GUEST = [
-    messages.Hello, messages.Welcome, messages.Refused, messages.Pause, messages.Paused, messages.PauseFailed,
+    messages.Hello, messages.Welcome, messages.Refused, messages.GuestPrepare, messages.GuestPrepared,
+    messages.Pause, messages.Paused, messages.PauseFailed,
     messages.Resume, messages.ResumeFailed, messages.Running, messages.Stepped, messages.GuestComplete,
     messages.GuestReleased, messages.GuestFailed,
 ]  # fmt: skip

@@ -1,0 +1,259 @@
+"""The command line as operators and scripts use it: output, JSON, exit codes, progress."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate import __version__
+from migrate.cli import EXIT_CODES
+from migrate.pair import COMMAND, Pair
+from migrate.session import MigrationStatus
+from proto.messages import Cancel, Prepared
+
+from ..failure.fakes import FakeDestination, FakeGuest
+from ..path.commuter import Commuter, until
+
+pytestmark = pytest.mark.requires("uffd")
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def commuter(pair: Pair) -> Commuter:
+    return Commuter(pair, "cli", "4M", options=("--rate", "5000"))
+
+
+def at(commuter: Commuter) -> tuple[str, str]:
+    return "--daemon", str(commuter.is_at.runtime_dir)
+
+
+def test_version(cli: Cli) -> None:
+    run = cli("--version")
+    assert (run.returncode, run.stdout) == (0, f"postcopy {__version__}\n")
+
+
+def test_exit_codes_are_what_is_documented() -> None:
+    assert EXIT_CODES == {
+        "failed": 1,
+        "usage": 2,
+        "migration-failed": 3,
+        "migration-stalled": 4,
+        "host-lacks": 5,
+        "daemon-unreachable": 6,
+        "guest-failed": 7,
+        "bound-missed": 8,
+    }
+
+
+@pytest.mark.parametrize("arguments", [("migrate",), ("fly",), ("list", "--colour"), ("guest", "workload")], ids=" ".join)
+def test_wrong_command_line_is_2(cli: Cli, arguments: tuple[str, ...]) -> None:
+    run = cli(*arguments)
+    assert run.returncode == 2
+    assert run.stderr != ""
+
+
+def test_wrong_pattern_is_2_and_names_those_there_are(cli: Cli) -> None:
+    run = cli("guest", "workload", "--memory", "1M", "--pattern", "spiral")
+    assert run.returncode == 2
+    assert "sequential, random, zipf, chase, permute, got spiral" in run.stderr
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("status", "0"), ("cancel", "0"), ("migrate", "guest", "127.0.0.1:1")], ids=" ".join)
+def test_no_daemon_is_6(cli: Cli, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    run = cli(*arguments, "--daemon", str(tmp_path))
+    assert run.returncode == 6
+    assert run.stderr.startswith(f"postcopy: daemon at {tmp_path}: expected one that answers")
+    assert run.stderr.count("\n") == 1
+    assert run.stdout == ""
+
+
+def test_too_little_memory_is_5_and_names_the_remedy(cli: Cli) -> None:
+    run = cli("guest", "workload", "--memory", "4T:hugetlb")
+    assert run.returncode == 5
+    assert "vm.nr_hugepages to 2097152" in run.stderr
+
+
+def test_migrate_says_it_all_as_json(cli: Cli, commuter: Commuter) -> None:
+    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, "--json", *at(commuter))
+    assert run.returncode == 0
+    assert run.stderr == ""
+    status = MigrationStatus.model_validate_json(run.stdout)
+    assert status.state == "complete"
+    assert status.pages_done == status.pages_total == 1024
+    assert status.guest_id == commuter.guest_id
+    left = commuter.is_at
+    commuter.arrived()
+    for daemon, role in ((left, "source"), (commuter.is_at, "destination")):
+        again = cli("status", status.id[:12], "--json", "--daemon", str(daemon.runtime_dir))
+        assert again.returncode == 0
+        assert MigrationStatus.model_validate_json(again.stdout).role == role
+    assert cli("status", "nothing", *at(commuter)).returncode == 1
+
+
+def test_migrate_tells_how_it_goes_in_lines(cli: Cli, commuter: Commuter) -> None:
+    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, *at(commuter))
+    assert run.returncode == 0
+    first = run.stderr.splitlines()[0]
+    for word in ("/1024 pages", "MB/s", "faults", "ETA"):
+        assert word in first
+    for word in ("migration", "downtime", "remote faults", "p50", "p99", "max", "moved", "total time", "urgent", "bulk", "zero of 1024"):
+        assert word in run.stdout
+    commuter.arrived()
+
+
+def test_migrate_draws_a_bar_on_a_terminal(commuter: Commuter) -> None:
+    """Standard error is a terminal of its own; what is drawn there is taken away again at the end."""
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "migrate", commuter.guest_id, commuter.goes_to.address, *at(commuter)]
+    environment = {**os.environ, "TERM": "xterm"}
+    drawn = b""
+    with started(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        while part := read_terminal(ours):
+            drawn += part
+        out, _ = child.communicate(timeout=10)
+    os.close(ours)
+    assert child.returncode == 0
+    assert b"complete" in out
+    text = drawn.decode()
+    assert "━" in text
+    assert "pages" in text
+    assert "\x1b[2K" in text
+    commuter.arrived()
+
+
+@contextlib.contextmanager
+def started(command: list[str], **how: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A command that runs beside the test, ended and reaped with it."""
+    with subprocess.Popen(command, **how) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def read_terminal(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 1 << 16)
+    except OSError:  # EIO: nobody has the other end any more
+        return b""
+
+
+def test_list(cli: Cli, commuter: Commuter) -> None:
+    run = cli("list", "--json", *at(commuter))
+    assert run.returncode == 0
+    told = json.loads(run.stdout)
+    guest = next(one for one in told["guests"] if one["id"] == commuter.guest_id)
+    assert guest == {
+        "id": commuter.guest_id,
+        "state": "running",
+        "size_bytes": 4 << 20,
+        "shape": "4 MiB of 4 KiB pages",
+        "pid": commuter.runs.pid,
+    }
+    assert told["migrations"]
+    for migration in told["migrations"]:
+        MigrationStatus.model_validate(migration)
+    text = cli("list", *at(commuter))
+    assert text.returncode == 0
+    assert commuter.guest_id in text.stdout
+    assert told["migrations"][0]["id"][:12] in text.stdout
+
+
+def test_failed_migration_is_3_and_the_guest_stays(cli: Cli, commuter: Commuter) -> None:
+    with FakeDestination() as nobody:
+        address = nobody.address
+    run = cli("migrate", commuter.guest_id, address, *at(commuter))
+    assert run.returncode == 3
+    assert "failed" in run.stdout
+    assert "connecting to" in run.stdout
+    as_json = cli("migrate", commuter.guest_id, address, "--json", *at(commuter))
+    assert as_json.returncode == 3
+    assert json.loads(as_json.stdout)["error"]["code"] == "connection-failed"
+    commuter.move()
+
+
+def test_unknown_guest_is_1(cli: Cli, commuter: Commuter) -> None:
+    run = cli("migrate", "nobody", "127.0.0.1:1", *at(commuter))
+    assert run.returncode == 1
+    assert f"expected one of {commuter.guest_id}, got no such guest" in run.stderr
+
+
+def test_stalled_migration_is_4(cli: Cli, pair: Pair) -> None:
+    with FakeGuest("stalls", "running") as guest, FakeDestination() as fake:
+        guest.attach(pair.source.runtime_dir / "guests.sock")
+        command = [*COMMAND, "migrate", "stalls", fake.address, "--daemon", str(pair.source.runtime_dir)]
+        with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+            fake.prepare()
+            fake.control.send(Prepared())
+            guest.pauses()
+            fake.until_gone()
+            out, _ = child.communicate(timeout=20)
+    assert child.returncode == 4
+    assert "stalled" in out
+
+
+def test_cancel_before_the_switchover_leaves_the_guest_running(cli: Cli, commuter: Commuter) -> None:
+    """The destination accepts and then nothing comes of it; whoever watches the migration is told too."""
+    with FakeDestination() as fake, commuter.is_at.client() as client:
+        command = [*COMMAND, "migrate", commuter.guest_id, fake.address, "--json", *at(commuter)]
+        with started(command, stdout=subprocess.PIPE, text=True) as watching:
+            fake.attach()  # and never ready
+            migration = next(one for one in client.migrations() if not one.settled)
+            run = cli("cancel", migration.id, "--json", *at(commuter))
+            assert run.returncode == 0
+            assert json.loads(run.stdout)["id"] == migration.id
+            assert fake.control.receive(Cancel).reason == "asked by the operator"
+            fake.control.receive_end()
+            out, _ = watching.communicate(timeout=20)
+        assert watching.returncode == 3
+        assert json.loads(out)["state"] == "cancelled"
+        assert json.loads(out)["error"]["code"] == "cancelled"
+        too_late = cli("cancel", migration.id, *at(commuter))
+        assert too_late.returncode == 1
+        assert "expected a state before the switchover, got cancelled" in too_late.stderr
+    commuter.move()
+
+
+def test_cancel_says_so(cli: Cli, commuter: Commuter) -> None:
+    with FakeDestination() as fake, commuter.is_at.client() as client:
+        migration = client.migrate(commuter.guest_id, fake.address)
+        fake.accept_offer()
+        run = cli("cancel", migration.id[:8], *at(commuter))
+        assert (run.returncode, run.stdout) == (0, f"cancelled: guest {commuter.guest_id} runs on at the source\n")
+        assert client.status(migration.id, settled_within_seconds=10).state == "cancelled"
+    commuter.move()
+
+
+def test_cancel_after_the_switchover_is_refused(cli: Cli, pair: Pair) -> None:
+    slow = Commuter(pair, "too-late", "1M", options=("--pattern", "permute", "--rate", "250"))
+    with slow.is_at.client() as client:
+        migration = client.migrate(slow.guest_id, slow.goes_to.address, bulk=False)
+        until(lambda: client.status(migration.id).state == "postcopy", "postcopy")
+        run = cli("cancel", migration.id, *at(slow))
+        assert run.returncode == 1
+        assert "expected a state before the switchover, got postcopy" in run.stderr
+        there = cli("cancel", migration.id, "--daemon", str(slow.goes_to.runtime_dir))
+        assert there.returncode == 1
+        assert "expected to be asked at the source" in there.stderr
+        assert client.status(migration.id, settled_within_seconds=20).state == "complete"
+    slow.arrived()
+    slow.end()
+
+
+def test_broken_guest_is_7_and_names_the_page(pair: Pair) -> None:
+    guest = pair.guest(pair.source, "broken", "1M", "--write-ratio", "0")
+    files = [fd for fd in Path(f"/proc/{guest.pid}/fd").iterdir() if "postcopy-guest" in os.readlink(fd)]
+    with files[0].open("r+b", buffering=0) as memory:
+        for page in range(256):
+            os.pwrite(memory.fileno(), b"garbage!", page * 4096 + 1000)
+    failed = guest.event("failed")
+    assert failed["failure"]
+    assert guest.wait() == 7
+    assert "page" in guest.log()
