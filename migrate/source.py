@@ -127,9 +127,9 @@ class SourceMigration(Migration):
         assert self._control is not None
         assert self._plane is not None
         plane = self._plane
-        urgent = await self._dial(ConnectionKind.URGENT, self._token)
-        bulk = await self._dial(ConnectionKind.BULK, self._token)
-        self._sockets = [urgent, bulk]
+        for kind in (ConnectionKind.URGENT, ConnectionKind.BULK):
+            self._sockets.append(await self._dial(kind, self._token))
+        urgent, bulk = self._sockets
         self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
         self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))
         await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)

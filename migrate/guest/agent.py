@@ -140,6 +140,12 @@ class Agent:
                     elif not self._serve_daemon():
                         return
 
+    @property
+    def undecided(self) -> bool:
+        """Without its daemon it must neither run nor be offered again: its memory is still arriving, or it was paused and
+        may have been resumed at a destination (P4)."""
+        return self.role is GuestRole.ARRIVING or (self.role is GuestRole.RUNNING and self._paused)
+
     def close(self) -> None:
         if self.userfaultfd >= 0:
             os.close(self.userfaultfd)

@@ -190,7 +190,7 @@ def test_stalled_migration_is_4(cli: Cli, pair: Pair) -> None:
         guest.attach(pair.source.runtime_dir / "guests.sock")
         command = [*COMMAND, "migrate", "stalls", fake.address, "--daemon", str(pair.source.runtime_dir)]
         with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-            fake.prepare()
+            fake.prepare(guest)
             fake.control.send(Prepared())
             guest.pauses()
             fake.until_gone()
@@ -249,6 +249,7 @@ def test_cancel_after_the_switchover_is_refused(cli: Cli, pair: Pair) -> None:
 
 def test_broken_guest_is_7_and_names_the_page(pair: Pair) -> None:
     guest = pair.guest(pair.source, "broken", "1M", "--write-ratio", "0")
+    guest.event("stepped")  # its memory has been written, nobody writes it from here on
     files = [fd for fd in Path(f"/proc/{guest.pid}/fd").iterdir() if "postcopy-guest" in os.readlink(fd)]
     with files[0].open("r+b", buffering=0) as memory:
         for page in range(256):

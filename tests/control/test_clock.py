@@ -71,6 +71,7 @@ def test_source_measures_the_offset_of_another_clock(pair: Pair, offset_ns: int)
             fake.control.send(ClockPong(sent_ns=ping.sent_ns, peer_ns=time.monotonic_ns() + offset_ns))
         fake.greet(ConnectionKind.URGENT)
         fake.greet(ConnectionKind.BULK)
+        fake.control.beside = guest
         fake.control.send(Ready())
         prepare = fake.control.receive(Prepare)
     assert PINGS >= 8
@@ -83,7 +84,7 @@ def test_same_clock_is_not_measured(pair: Pair) -> None:
     with FakeGuest("timed", "running") as guest, FakeDestination() as fake, pair.source.client() as client:
         guest.attach(pair.source.runtime_dir / "guests.sock")
         client.migrate("timed", fake.address)
-        prepare = fake.prepare()
+        prepare = fake.prepare(guest)
     assert (prepare.clock_offset_ns, prepare.clock_uncertainty_ns) == (0, 0)
 
 

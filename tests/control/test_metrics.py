@@ -167,7 +167,7 @@ def test_no_scrape_within_a_switchover(pair: Pair) -> None:
     with FakeGuest("still", "running") as guest, FakeDestination() as fake, pair.source.client() as client:
         guest.attach(pair.source.runtime_dir / "guests.sock")
         client.migrate("still", fake.address)
-        fake.prepare()
+        fake.prepare(guest)
         with socket.create_connection(place_of(pair.source.metrics_address), 10) as scrape:
             scrape.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             for _ in range(200):

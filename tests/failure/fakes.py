@@ -5,8 +5,10 @@ is registered and never touched, so nothing here can hang in a page fault.
 """
 
 import os
+import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +58,8 @@ class Connection:
     def __init__(self, sock: socket.socket, decoder: Decoder[Message]) -> None:
         sock.settimeout(DEADLINE_SECONDS)
         self.socket = sock
+        self.beside: FakeGuest | None = None
+        """A fake guest that answers ``prepare`` while this connection is waited for: daemons ask whenever they like."""
         self._decoder = decoder
         self._messages: list[Message] = []
 
@@ -66,16 +70,36 @@ class Connection:
         """The next message, which must be of one of these kinds. Raises PeerEndedError, AssertionError, TimeoutError."""
         names = " or ".join(kind.__name__ for kind in kinds)
         while not self._messages:
-            try:
-                data = self.socket.recv(1 << 16)
-            except ConnectionError as error:
-                raise PeerEndedError(f"instead of {names}") from error
-            if not data:
-                raise PeerEndedError(f"instead of {names}")
-            self._messages += self._decoder.feed(data)
+            if self.beside is not None:
+                self._serve_beside(self.beside)
+            self._read(names)
         message = self._messages.pop(0)
         assert isinstance(message, kinds), f"{message!r} instead of {names}"
         return message
+
+    def _read(self, names: str) -> None:
+        try:
+            data = self.socket.recv(1 << 16)
+        except ConnectionError as error:
+            raise PeerEndedError(f"instead of {names}") from error
+        if not data:
+            raise PeerEndedError(f"instead of {names}")
+        self._messages += self._decoder.feed(data)
+
+    def _serve_beside(self, guest: "FakeGuest") -> None:
+        """Until there is something to read here."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while (left := deadline - time.monotonic()) > 0:
+            ready, _, _ = select.select([self.socket, guest.connection.socket], [], [], left)
+            if self.socket in ready or not guest.answer_prepare():
+                return
+
+    @property
+    def unread_messages(self) -> int:
+        return len(self._messages)
+
+    def unread(self, message: Message) -> None:
+        self._messages.insert(0, message)
 
     def receive_end(self) -> None:
         """Nothing but the end of the connection comes."""
@@ -176,9 +200,8 @@ class FakeSource:
     def prepare(self, guest: "FakeGuest | None" = None) -> None:
         """``guest``: the one that waits, when it is a fake too and has to answer."""
         self.attach()
+        self.control.beside = guest
         self.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
-        if guest is not None:
-            guest.prepared()
         self.control.receive(Prepared)
 
     def switch_over(self, guest: "FakeGuest | None" = None, state: bytes = b"a state", epoch: int = 0) -> None:
@@ -255,8 +278,10 @@ class FakeDestination:
         self.urgent = self.greet(ConnectionKind.URGENT)
         self.bulk = self.greet(ConnectionKind.BULK)
 
-    def prepare(self) -> Prepare:
+    def prepare(self, guest: "FakeGuest | None" = None) -> Prepare:
+        """``guest``: the one that leaves, when it is a fake too and has to answer."""
         self.attach()
+        self.control.beside = guest
         self.control.send(Ready())
         return self.control.receive(Prepare)
 
@@ -268,7 +293,7 @@ class FakeDestination:
 
     def switch_over(self, guest: "FakeGuest") -> None:
         """The guest is paused there and said to run here."""
-        self.prepare()
+        self.prepare(guest)
         self.control.send(Prepared())
         guest.pauses()
         switchover = self.control.receive(Switchover)
@@ -360,9 +385,17 @@ class FakeGuest:
         self.connection.receive(Welcome)
         return self
 
-    def prepared(self) -> None:
-        self.connection.receive(GuestPrepare)
-        self.connection.send(GuestPrepared())
+    def answer_prepare(self) -> bool:
+        """Take one message: answer it if it is ``prepare``, else keep it for later. False when nothing more is to be expected."""
+        try:
+            message = self.connection.receive(Message)
+        except PeerEndedError:
+            return False
+        if isinstance(message, GuestPrepare):
+            self.connection.send(GuestPrepared())
+            return True
+        self.connection.unread(message)
+        return False
 
     def told_to_pause(self) -> None:
         while isinstance(self.connection.receive(GuestPrepare, Pause), GuestPrepare):
@@ -386,6 +419,8 @@ class FakeGuest:
 
     def told_nothing(self) -> bool:
         """Whether the daemon has sent nothing since; what it did before it answered another request is here already."""
+        if self.connection.unread_messages:
+            return False
         self._socket.setblocking(False)
         try:
             self._socket.recv(1, socket.MSG_PEEK)

@@ -139,7 +139,7 @@ def test_pause_that_fails_leaves_the_guest_running(pair: Pair, commuter: Commute
     with FakeGuest("stubborn", "running") as guest, FakeDestination() as fake, pair.source.client() as client:
         guest.attach(pair.source.runtime_dir / "guests.sock")
         migration_id = client.migrate("stubborn", fake.address).id
-        fake.prepare()
+        fake.prepare(guest)
         fake.control.send(Prepared())
         guest.told_to_pause()
         guest.connection.send(PauseFailed(reason="a vCPU is stalled"))
@@ -170,7 +170,7 @@ def test_request_is_refused(pair: Pair, commuter: Commuter, field: str) -> None:
     with FakeGuest("leaves", "running") as guest, FakeDestination() as fake, pair.source.client() as client:
         guest.attach(pair.source.runtime_dir / "guests.sock")
         migration_id = client.migrate("leaves", fake.address).id
-        fake.prepare()
+        fake.prepare(guest)
         fake.control.send(Prepared())
         guest.pauses()
         fake.urgent.sendall(BAD_REQUESTS[field])

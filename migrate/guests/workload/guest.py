@@ -128,9 +128,9 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
             _attach(agent, options.socket_path)
             say("waiting" if agent.role is GuestRole.WAITING else "started")
             agent.run()
-            if agent.role is GuestRole.ARRIVING:
-                log.error("the daemon is gone while this guest's memory is still arriving: it waits, and nothing is lost here")
-                os.read(os.eventfd(0), 8)  # nothing can be done from here; stay, holding the userfaultfd
+            if agent.undecided:
+                log.error("the daemon is gone amid a migration: this guest stays as it is", role=str(agent.role))
+                os.read(os.eventfd(0), 8)  # nothing can be decided from here; stay, holding memory and userfaultfd
     finally:
         machine.workload.close()
         agent.close()
