@@ -9,6 +9,7 @@ import contextlib
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -41,6 +42,7 @@ from proto.messages import (
     guest_decoder,
 )
 
+YIELDING_NS = 400_000
 FIRST_STEP_MS = 2
 """How long `running` waits for the guest's first step; it is told then in any case."""
 
@@ -234,9 +236,21 @@ class Agent:
             return
         self._epoch = message.epoch
         self.role = GuestRole.ARRIVING
-        # Telling it keeps both daemons busy, just when the guest's first faults want the CPUs: let those go first.
-        self._machine_events.poll(FIRST_STEP_MS)
+        self._await_first_step()
         self._send(Running(epoch=message.epoch))
+
+    def _await_first_step(self) -> None:
+        """At most FIRST_STEP_MS: telling `running` keeps both daemons busy, just when the guest's first faults want the CPUs.
+
+        Yielding for the first part of it keeps this CPU out of its idle state, from which every wake-up on the way of those
+        faults would have to fetch it (measured: a tenth of the downtime).
+        """
+        end_ns = time.monotonic_ns() + YIELDING_NS
+        while time.monotonic_ns() < end_ns:
+            if self._machine_events.poll(0):
+                return
+            os.sched_yield()
+        self._machine_events.poll(FIRST_STEP_MS)
 
     def _complete(self, _: GuestComplete) -> None:
         self.close()

@@ -291,12 +291,16 @@ class FakeDestination:
         self.control.send(Prepared())
         return self.control.receive(Switchover)
 
+    def until_switchover_of(self, guest: "FakeGuest") -> Switchover:
+        """Prepared; the guest is paused there; its state is here."""
+        self.control.send(Prepared())
+        guest.pauses()
+        return self.control.receive(Switchover)
+
     def switch_over(self, guest: "FakeGuest") -> None:
         """The guest is paused there and said to run here."""
         self.prepare(guest)
-        self.control.send(Prepared())
-        guest.pauses()
-        switchover = self.control.receive(Switchover)
+        switchover = self.until_switchover_of(guest)
         self.control.send(Running(epoch=switchover.epoch))
 
     def until_gone(self) -> None:

@@ -1,0 +1,223 @@
+"""Promises P1 to P4: each guard is there, and what it guards breaks without it.
+
+Every scenario runs twice: with the product as it is, where it must hold, and with one guard removed, where it must not.
+P7 has a file of its own (test_constant_switchover.py).
+"""
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from migrate.pair import Pair, wait_settled
+from proto.messages import Aborted, Progress, Refused, Resume, Running
+
+from ..path.commuter import until
+from .fakes import FakeDestination, FakeGuest, FakeSource, PeerEndedError
+from .mutants import NONE, Mutation, build_c, python_tree
+
+pytestmark = pytest.mark.requires("uffd")
+SCENARIO_DEADLINE_SECONDS = 50
+DESTINATION_C = "migrate/dataplane/destination.c"
+PLACED = "    int error_number = place_pages(region, first, page_count, bytes, path);\n"
+WINDOW = "    usleep(50);\n"
+PUBLISHED_FIRST = "    for (uint64_t i = first; i < first + page_count; i++)\n        page_leave_receiving(&state[i], PAGE_PRESENT);\n"
+
+# promise and guard -> the scenario, the same scenario's stage without the guard removed, and the removal
+IN_C: dict[str, tuple[str, tuple[Mutation, ...], tuple[Mutation, ...]]] = {
+    "P1 a page is claimed once": (
+        "late-copies",
+        NONE,
+        (
+            Mutation(
+                "migrate/dataplane/pages.h",
+                "while (PAGE_STATE(seen) == PAGE_ABSENT || PAGE_STATE(seen) == PAGE_REQUESTED) {",
+                "while (PAGE_STATE(seen) != PAGE_RECEIVING) {",
+            ),
+        ),
+    ),
+    "P1 content is there before PRESENT says so": (
+        "moves",
+        (Mutation(DESTINATION_C, PLACED, WINDOW + PLACED),),
+        (Mutation(DESTINATION_C, PLACED, PUBLISHED_FIRST + WINDOW + PLACED),),
+    ),
+    "P2 nothing is served before the guest is paused": (
+        "gate",
+        NONE,
+        (Mutation("migrate/dataplane/serve.c", "if (wait_ready(source->open_fd, POLLIN, source->stop_fd, result))", "if (1)"),),
+    ),
+    "P3 nothing is unregistered before the count is complete": (
+        "early-finish",
+        NONE,
+        (Mutation(DESTINATION_C, "if (!is_final(state)) {", "if (!is_final(state) && result->got) {"),),
+    ),
+}
+
+
+def run_c(program: Path, scenario: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(program), scenario], capture_output=True, text=True, timeout=SCENARIO_DEADLINE_SECONDS, check=False)
+
+
+@pytest.fixture(scope="module")
+def whole_c(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_c(repository, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("guard", IN_C)
+def test_guard_in_c(guard: str, whole_c: Path, repository: Path, tmp_path: Path) -> None:
+    scenario, stage, removal = IN_C[guard]
+    staged = build_c(repository, tmp_path / "staged", *stage) if stage else whole_c
+    held = run_c(staged, scenario)
+    assert (held.returncode, held.stdout) == (0, f"{scenario}: held\n"), held.stderr
+    broken = run_c(build_c(repository, tmp_path / "mutant", *removal), scenario)
+    assert broken.returncode == 1
+    assert "failed:" in broken.stderr
+
+
+# --- the same with real daemons and guests, or with fakes where a real one cannot be made to fail at that moment -------
+
+
+Scenario = Callable[[Pair], str]
+"""Raises AssertionError when something is wrong with the test; what broke, or nothing."""
+
+
+def busy_guest_moves(pair: Pair) -> str:
+    arrives = pair.guest(pair.destination, "there", "16M", waiting=True)
+    pair.guest(pair.source, "here", "16M", "--threads", "2", "--write-ratio", "1").event("stepped")
+    with pair.source.client() as client:
+        client.migrate("here", pair.destination.address)
+        outcome = arrives.event("verified", "failed", deadline_seconds=SCENARIO_DEADLINE_SECONDS / 2)
+    return "" if outcome["event"] == "verified" else str(outcome["failure"])
+
+
+def daemon_is_killed_in_postcopy(pair: Pair) -> str:
+    """The guest stands still on a page that is not here; it must not run on with zeroes."""
+    arrives = pair.guest(pair.destination, "there", "16M", waiting=True)
+    pair.guest(pair.source, "here", "16M", "--rate", "1000").event("stepped")
+    with pair.source.client() as client:
+        begun = client.migrate("here", pair.destination.address, bulk=False)
+        until(lambda: client.status(begun.id).state == "postcopy", "postcopy")
+        pair.destination.kill()
+    until(lambda: waits_in_a_fault(arrives.pid) or has_found_itself_broken(arrives.pid), "it stands still, or it does not")
+    return "found itself broken" if has_found_itself_broken(arrives.pid) else ""
+
+
+def has_found_itself_broken(pid: int) -> bool:
+    """Its threads have signalled something, and its agent, without a daemon, does not read it."""
+    return any("eventfd-count:" in text and int(text.split("eventfd-count:")[1].split()[0], 16) > 0 for text in descriptors_of(pid))
+
+
+def descriptors_of(pid: int) -> Iterator[str]:
+    for descriptor in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            yield descriptor.read_text()
+
+
+def waits_in_a_fault(pid: int) -> bool:
+    try:
+        return any((task / "wchan").read_text() == "handle_userfault" for task in Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return False
+
+
+def control_is_cut_after_switchover(pair: Pair) -> str:
+    """The destination has the state and may run the guest; who runs it?"""
+    with FakeGuest("here", "running") as guest, FakeDestination() as fake, pair.source.client() as client:
+        guest.attach(pair.source.runtime_dir / "guests.sock")
+        begun = client.migrate("here", fake.address)
+        fake.prepare(guest)
+        fake.until_switchover_of(guest)
+        fake.control.close()
+        assert wait_settled(client, begun.id).state == "stalled"
+        if guest.told_nothing():
+            return ""
+        assert guest.connection.receive(Resume).state is None
+        return "runs at the source and at the destination"
+
+
+def guest_is_gone_after_resume(pair: Pair) -> str:
+    """It may have run, and what it did may have been seen: the source must not hear that it never will."""
+    with FakeGuest("there", "waiting") as guest, FakeSource(pair.destination.address) as source:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        source.switch_over(guest)
+        assert guest.connection.receive(Resume).state == b"a state"
+        source.control.beside = None
+        guest.connection.close()
+        try:
+            said = source.control.receive(Aborted, Refused, Running, Progress)
+        except PeerEndedError:
+            return ""
+        assert isinstance(said, Aborted)
+        return "runs at the source and at the destination"
+
+
+IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
+    "P2 bulk begins after the switchover": (
+        busy_guest_moves,
+        Mutation(
+            "migrate/source.py",
+            '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n',
+            '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n        plane.open_bulk()\n',
+        ),
+        "stale",
+    ),
+    "P3 missing faults are registered with minor ones": (
+        busy_guest_moves,
+        Mutation(
+            "migrate/guest/uffd.py",
+            "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MISSING | lib.UFFDIO_REGISTER_MODE_MINOR\n",
+            "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MINOR\n",
+        ),
+        "zero",
+    ),
+    "P3 the guest keeps its own duplicate": (
+        daemon_is_killed_in_postcopy,
+        Mutation(
+            "migrate/guest/agent.py",
+            "        self.role = GuestRole.ARRIVING\n",
+            "        self.role = GuestRole.ARRIVING\n        self.close()\n",
+        ),
+        "broken",
+    ),
+    "P4 the source resumes nothing once the switchover may have been sent": (
+        control_is_cut_after_switchover,
+        Mutation(
+            "migrate/source.py",
+            '            self.log.error("migration stalled: the guest stays paused here',
+            '            self._guest_runs_on()\n            self.log.error("migration stalled: the guest stays paused here',
+        ),
+        "at the source and at the destination",
+    ),
+    "P4 the destination aborts nothing once the guest may have been resumed": (
+        guest_is_gone_after_resume,
+        Mutation(
+            "migrate/destination.py",
+            "        if self.state in (State.SWITCHOVER, State.POSTCOPY):\n            self.advance(Event.LOST)\n",
+            "        if self.state in (State.SWITCHOVER, State.POSTCOPY):\n            self._abort(str(error))\n",
+        ),
+        "at the source and at the destination",
+    ),
+}
+
+
+@pytest.fixture
+def with_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    def use(tree: Path) -> None:
+        monkeypatch.setenv("PYTHONPATH", os.fspath(tree))
+
+    yield use
+
+
+@pytest.mark.parametrize("guard", IN_PYTHON)
+def test_guard_in_python(guard: str, tmp_path: Path, with_tree: Callable[[Path], None]) -> None:
+    scenario, removal, harm = IN_PYTHON[guard]
+    with Pair() as pair:
+        assert scenario(pair) == ""
+    with_tree(python_tree(tmp_path, removal))
+    with Pair() as pair:
+        broken = scenario(pair)
+    assert broken != ""
+    assert harm in broken
