@@ -79,7 +79,8 @@ def fault_idle(tiny: bool) -> Result:
         for round_number in range(rounds):
             shuttle.move(bulk=False, warmed=True)
             product.add(shuttle.first_touches())
-            done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
+            with shuttle.frozen():
+                done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
             bare.add(done["histogram"])
     bounds = (Bound("ratio.p50", 1.15), Bound("ratio.p99", 1.5))
     return Result("fault-idle", "seconds", product.figures(), bare.figures(), bounds)
@@ -95,7 +96,8 @@ def fault_under_stream(tiny: bool) -> Result:
         shuttle = Shuttle(pair, "stream", size_bytes, "--pattern", "random", "--write-ratio", "0")
         for round_number in range(rounds):
             shuttle.move(warmed=True)
-            done = floor("fault-under-stream", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
+            with shuttle.frozen():
+                done = floor("fault-under-stream", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
             for side, latencies, buckets in (
                 ("product", product, shuttle.first_touches()),
                 ("floor", bare, done["histogram"]),
@@ -114,9 +116,13 @@ def fault_under_stream(tiny: bool) -> Result:
     return Result("fault-under-stream", "seconds", figures[0], figures[1], bounds, {"runs": rounds})
 
 
-def _cpu_seconds(daemon: DaemonProcess) -> float:
-    fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * CPU_TICK_SECONDS
+def _cpu_seconds(pair: Pair) -> float:
+    """Of both daemons since they began, ended threads included."""
+    ticks = 0
+    for daemon in (pair.source, pair.destination):
+        fields = Path(f"/proc/{daemon.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks * CPU_TICK_SECONDS
 
 
 def _postcopy_seconds(status: MigrationStatus) -> float:
@@ -128,16 +134,18 @@ def stream_and_cpu(tiny: bool) -> list[Result]:
     size_bytes, rounds = (16 * MIB, 1) if tiny else (1024 * MIB, 7)
     rates: list[float] = []
     floor_rates: list[float] = []
+    cpu: list[float] = []
     floor_cpu: list[float] = []
     with bench_pair() as pair:
         shuttle = Shuttle(pair, "bulk", size_bytes, "--rate", "1")
-        before = _cpu_seconds(pair.source) + _cpu_seconds(pair.destination)
         for round_number in range(rounds):
+            before = _cpu_seconds(pair)
             rates.append(size_bytes / _postcopy_seconds(shuttle.move(warmed=True)))
-            done = floor("stream", memory_bytes=size_bytes, seed=round_number)
+            cpu.append(_cpu_seconds(pair) - before)
+            with shuttle.frozen():
+                done = floor("stream", memory_bytes=size_bytes, seed=round_number)
             floor_rates.append(done["value"])
             floor_cpu.append(done["cpu_seconds_per_gib"])
-        cpu = _cpu_seconds(pair.source) + _cpu_seconds(pair.destination) - before
     stream = Result(
         "stream",
         "bytes/second",
@@ -146,7 +154,7 @@ def stream_and_cpu(tiny: bool) -> list[Result]:
         (Bound("ratio.value", 0.9, at_least=True),),
         {"runs": rounds},
     )
-    per_gib = cpu / (rounds * size_bytes / (1 << 30))
+    per_gib = statistics.median(cpu) / (size_bytes / (1 << 30))
     bounds = (Bound("ratio.value", 1.25),)
     return [
         stream,
@@ -188,6 +196,7 @@ def downtime(tiny: bool) -> Result:
             with small.frozen():
                 large_seconds += _known(large.move())
                 rss_bytes = max(rss_bytes, *(_rss_anon_bytes(daemon) for daemon in (pair.source, pair.destination)))
+            with small.frozen(), large.frozen():
                 _hops(moves, bare)
     result = Result("downtime", "seconds", samples_figures(small_seconds), samples_figures(bare))
     p50_large = quantile(large_seconds, 0.5)

@@ -23,7 +23,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     directory = tmp_path_factory.mktemp("cli")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*COMMAND, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=directory, timeout=COMMAND_DEADLINE_SECONDS, check=False)
+        command, deadline_seconds = [*COMMAND, *arguments], COMMAND_DEADLINE_SECONDS
+        return subprocess.run(command, capture_output=True, text=True, cwd=directory, timeout=deadline_seconds, check=False)
 
     return run

@@ -64,7 +64,9 @@ def test_wrong_pattern_is_2_and_names_those_there_are(cli: Cli) -> None:
     assert "sequential, random, zipf, chase, permute, got spiral" in run.stderr
 
 
-@pytest.mark.parametrize("arguments", [("list",), ("status", "0"), ("cancel", "0"), ("migrate", "guest", "127.0.0.1:1")], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("status", "0"), ("cancel", "0"), ("migrate", "guest", "[::1]:1")], ids=" ".join
+)
 def test_no_daemon_is_6(cli: Cli, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     run = cli(*arguments, "--daemon", str(tmp_path))
     assert run.returncode == 6
@@ -102,7 +104,20 @@ def test_migrate_tells_how_it_goes_in_lines(cli: Cli, commuter: Commuter) -> Non
     first = run.stderr.splitlines()[0]
     for word in ("/1024 pages", "MB/s", "faults", "ETA"):
         assert word in first
-    for word in ("migration", "downtime", "remote faults", "p50", "p99", "max", "moved", "total time", "urgent", "bulk", "zero of 1024"):
+    told = (
+        "migration",
+        "downtime",
+        "remote faults",
+        "p50",
+        "p99",
+        "max",
+        "moved",
+        "total time",
+        "urgent",
+        "bulk",
+        "zero of 1024",
+    )
+    for word in told:
         assert word in run.stdout
     commuter.arrived()
 

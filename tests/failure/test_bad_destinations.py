@@ -16,6 +16,7 @@ from .fakes import FakeDestination, FakeGuest, framed, oversized, receive_exactl
 
 pytestmark = pytest.mark.requires("uffd")
 PAGES = 256
+PROGRESS = Progress(pages_present=0, faults=0, downtime_ns=0, downtime_uncertainty_ns=0)
 
 
 def begin(commuter: Commuter, fake: FakeDestination) -> str:
@@ -88,12 +89,12 @@ def test_answer_to_the_preamble(commuter: Commuter, answer: bytes, code: str, go
 @pytest.mark.parametrize(
     ("said", "code", "expected", "got"),
     [
-        (encode(Refused(code="no-guest-fits", what="waiting guest", expected="this", got="that")), "no-guest-fits", "this", "that"),
+        (encode(Refused(code="no-guest-fits", what="guest", expected="this", got="that")), "no-guest-fits", "this", "that"),
         (encode(Ready()), "message-unexpected", "accept", "ready"),
         (oversized(), "message-too-large", "1048576", "1048577"),
         (framed(b"\xff" * 10), "message-invalid", "a msgpack map", "extra data"),
         (b"\x00" * 64, "message-invalid", "msgpack map", ""),
-        (encode(Progress(pages_present=0, faults=0, downtime_ns=0, downtime_uncertainty_ns=0)), "message-unexpected", "accept", "progress"),
+        (encode(PROGRESS), "message-unexpected", "accept", "progress"),
     ],
     ids=["refused", "order", "oversized", "garbage", "zeroes", "progress"],
 )

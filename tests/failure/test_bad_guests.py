@@ -57,9 +57,9 @@ def file_of(directory: str, size_bytes: int = 1 << 20) -> int:
 
 
 def two_regions(guest: FakeGuest, **second: int) -> Lie:
-    half = {"size_bytes": 512 << 10}
-    address = guest.memory.regions[0].guest_address
-    regions = [guest.region(**half), guest.region(**{**half, "guest_address": address + (512 << 10), "offset_bytes": 512 << 10, **second})]
+    half = 512 << 10
+    behind = {"guest_address": guest.memory.regions[0].guest_address + half, "offset_bytes": half, **second}
+    regions = [guest.region(size_bytes=half), guest.region(size_bytes=half, **behind)]
     return Lie(encode(guest.hello(regions=regions)), guest.descriptors())
 
 
@@ -73,7 +73,7 @@ def not_on_tmpfs(guest: FakeGuest, directory: Path) -> Lie:
 
 # name -> what is sent, the code of the refusal, and words in what it names, expected and got
 LIES: dict[str, tuple[Callable[[FakeGuest], Lie], str, tuple[str, ...]]] = {
-    "no descriptors": (lambda g: Lie(encode(g.hello()), []), "guest-refused", ("descriptors", "2: 1 memory files and a userfaultfd", "0")),
+    "no descriptors": (lambda g: Lie(encode(g.hello()), []), "guest-refused", ("2: 1 memory files and a userfaultfd", "got 0")),
     "no userfaultfd": (lambda g: Lie(encode(g.hello()), g.memory.files), "guest-refused", ("expected 2", "got 1")),
     "one too many": (lambda g: Lie(encode(g.hello()), [*g.descriptors(), 0]), "guest-refused", ("expected 2", "got 3")),
     "seventy": (lambda g: Lie(encode(g.hello()), g.memory.files * 70), "guest-refused", ("descriptors", "<= 65", "more")),

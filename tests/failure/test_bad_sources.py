@@ -93,7 +93,7 @@ def an_offer(**more: object) -> bytes:
         (encode(Ready()), "message-unexpected", ("control message", "offer", "ready")),
         (encode(Cancel(reason="no reason")) * 70, "message-flood", ("unread messages", "64", "70")),
     ],
-    ids=["oversized", "garbage", "array", "type", "unknown-field", "missing-field", "name", "part-page", "page-size", "order", "flood"],
+    ids=["oversized", "garbage", "array", "type", "more", "less", "name", "part-page", "page-size", "order", "flood"],
 )
 def test_first_message_is_refused(pair: Pair, sent: bytes, code: str, words: tuple[str, ...]) -> None:
     with FakeSource(pair.destination.address) as source:
@@ -251,7 +251,8 @@ def test_source_that_goes_away_leaves_a_waiting_guest(commuter: Commuter, step: 
 
 
 def test_second_source_does_not_get_the_same_guest(commuter: Commuter) -> None:
-    with FakeSource(waiting_daemon(commuter), COMMUTER_REGIONS) as first, FakeSource(waiting_daemon(commuter), COMMUTER_REGIONS) as second:
+    address = waiting_daemon(commuter)
+    with FakeSource(address, COMMUTER_REGIONS) as first, FakeSource(address, COMMUTER_REGIONS) as second:
         assert isinstance(first.offer(), Accept)
         control: Connection = second.begin()
         control.send(second.offered())

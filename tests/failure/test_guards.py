@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from migrate.pair import Pair, wait_settled
+from migrate.pair import Pair, Process, wait_settled
 from proto.messages import Aborted, Progress, Refused, Resume, Running
 
 from ..path.commuter import until
@@ -24,7 +24,9 @@ SCENARIO_DEADLINE_SECONDS = 50
 DESTINATION_C = "migrate/dataplane/destination.c"
 PLACED = "    int error_number = place_pages(region, first, page_count, bytes, path);\n"
 WINDOW = "    usleep(50);\n"
-PUBLISHED_FIRST = "    for (uint64_t i = first; i < first + page_count; i++)\n        page_leave_receiving(&state[i], PAGE_PRESENT);\n"
+PUBLISHED_FIRST = """    for (uint64_t i = first; i < first + page_count; i++)
+        page_leave_receiving(&state[i], PAGE_PRESENT);
+"""
 
 # promise and guard -> the scenario, the same scenario's stage without the guard removed, and the removal
 IN_C: dict[str, tuple[str, tuple[Mutation, ...], tuple[Mutation, ...]]] = {
@@ -58,7 +60,8 @@ IN_C: dict[str, tuple[str, tuple[Mutation, ...], tuple[Mutation, ...]]] = {
 
 
 def run_c(program: Path, scenario: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), scenario], capture_output=True, text=True, timeout=SCENARIO_DEADLINE_SECONDS, check=False)
+    command = [str(program), scenario]
+    return subprocess.run(command, capture_output=True, text=True, timeout=SCENARIO_DEADLINE_SECONDS, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,8 @@ Scenario = Callable[[Pair], str]
 
 
 def busy_guest_moves(pair: Pair) -> str:
-    arrives = pair.guest(pair.destination, "there", "16M", waiting=True)
-    pair.guest(pair.source, "here", "16M", "--threads", "2", "--write-ratio", "1").event("stepped")
+    arrives = pair.guest(pair.destination, "there", "4M", waiting=True)
+    pair.guest(pair.source, "here", "4M", "--threads", "2", "--write-ratio", "1").event("stepped")
     with pair.source.client() as client:
         client.migrate("here", pair.destination.address)
         outcome = arrives.event("verified", "failed", deadline_seconds=SCENARIO_DEADLINE_SECONDS / 2)
@@ -100,19 +103,21 @@ def daemon_is_killed_in_postcopy(pair: Pair) -> str:
     with pair.source.client() as client:
         begun = client.migrate("here", pair.destination.address, bulk=False)
         until(lambda: client.status(begun.id).state == "postcopy", "postcopy")
+        arrives.event("stepped")  # the last that its agent has to read
         pair.destination.kill()
-    until(lambda: waits_in_a_fault(arrives.pid) or has_found_itself_broken(arrives.pid), "it stands still, or it does not")
-    return "found itself broken" if has_found_itself_broken(arrives.pid) else ""
+    until(lambda: waits_in_a_fault(arrives.pid) or has_found_itself_broken(arrives), "it stands still, or it does not")
+    return "found itself broken" if has_found_itself_broken(arrives) else ""
 
 
-def has_found_itself_broken(pid: int) -> bool:
-    """Its threads have signalled something, and its agent, without a daemon, does not read it."""
-    return any("eventfd-count:" in text and int(text.split("eventfd-count:")[1].split()[0], 16) > 0 for text in descriptors_of(pid))
+def has_found_itself_broken(guest: Process) -> bool:
+    """It ended over it; or its threads have signalled it to an agent that, without a daemon, does not read that any more."""
+    counts = (text.partition("eventfd-count:")[2].split() for text in descriptors_of(guest.pid))
+    return guest.returncode is not None or any(int(count[0], 16) > 0 for count in counts if count)
 
 
 def descriptors_of(pid: int) -> Iterator[str]:
-    for descriptor in Path(f"/proc/{pid}/fdinfo").iterdir():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # a descriptor, or the process, that has just gone
+        for descriptor in Path(f"/proc/{pid}/fdinfo").iterdir():
             yield descriptor.read_text()
 
 
@@ -160,9 +165,11 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
         Mutation(
             "migrate/source.py",
             '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n',
-            '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n        plane.open_bulk()\n',
+            '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n'
+            "        plane.open_bulk()\n"
+            '        while plane.figures()["pages_bulk"] == 0:\n            await asyncio.sleep(0)\n',
         ),
-        "stale",
+        "page",
     ),
     "P3 missing faults are registered with minor ones": (
         busy_guest_moves,
@@ -171,7 +178,7 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
             "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MISSING | lib.UFFDIO_REGISTER_MODE_MINOR\n",
             "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MINOR\n",
         ),
-        "zero",
+        "page",  # zeroed, or what the guest made of the zeroes that it read
     ),
     "P3 the guest keeps its own duplicate": (
         daemon_is_killed_in_postcopy,
@@ -203,20 +210,12 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
 }
 
 
-@pytest.fixture
-def with_tree(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
-    def use(tree: Path) -> None:
-        monkeypatch.setenv("PYTHONPATH", os.fspath(tree))
-
-    yield use
-
-
 @pytest.mark.parametrize("guard", IN_PYTHON)
-def test_guard_in_python(guard: str, tmp_path: Path, with_tree: Callable[[Path], None]) -> None:
+def test_guard_in_python(guard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scenario, removal, harm = IN_PYTHON[guard]
     with Pair() as pair:
         assert scenario(pair) == ""
-    with_tree(python_tree(tmp_path, removal))
+    monkeypatch.setenv("PYTHONPATH", os.fspath(python_tree(tmp_path, removal)))
     with Pair() as pair:
         broken = scenario(pair)
     assert broken != ""

@@ -1,4 +1,4 @@
-"""The program of kernel facts, compiled once a session, and one run of it: a process of its own, killed and reaped by its deadline."""
+"""The program of kernel facts, compiled once a session; each fact is a process of its own, killed and reaped at its deadline."""
 
 import subprocess
 from collections.abc import Callable

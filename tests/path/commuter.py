@@ -49,7 +49,6 @@ class Commuter:
         self.goes_to, self.is_at = self.is_at, self.goes_to
         return verified
 
-
     def end(self) -> None:
         """Both of its processes."""
         self.runs.kill()
