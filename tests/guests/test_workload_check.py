@@ -378,9 +378,10 @@ def damage(guest: Guest, inject: Injection | None, verify: bool = True) -> tuple
     guest.run_steps(2 * guest.blocks)
     guest.pause()
     old = bytes(guest.memory)
-    guest.workload.resume()
-    guest.run_steps(2 * guest.blocks)
-    guest.pause()
+    while bytes(guest[0]) == old_block(old, 0):  # until the first thread, too, has written: others may have had the CPUs
+        guest.workload.resume()
+        guest.run_steps(2 * guest.blocks)
+        guest.pause()
     written = [block for block in guest.data_blocks() if guest[block] != old_block(old, block)]
     assert len(written) > 1
     at_fault = inject(guest, old, written) if inject else set()
