@@ -1,6 +1,7 @@
 """Settings: command line first, then the environment (``POSTCOPY_…``), then these defaults."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -33,10 +34,16 @@ def default_runtime_dir(role: str) -> Path:
 
 def make_private(directory: Path) -> None:
     """A 0700 directory of ours. Raises HostLacksError when it is somebody else's."""
+    base = runtime_base()
+    if directory.parent == base:  # ours alone too: who owns the parent can put another directory in its place
+        _make_own(base)
+    _make_own(directory)
+
+
+def _make_own(directory: Path) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.stat()
-    if status.st_uid != os.getuid():
-        raise HostLacksError(
-            "runtime directory", f"{directory} belongs to uid {status.st_uid}", "choose another with --runtime-dir"
-        )
+    status = directory.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        why = f"{directory} is a link or belongs to uid {status.st_uid}"
+        raise HostLacksError("runtime directory", why, "choose another with --runtime-dir")
     directory.chmod(0o700)

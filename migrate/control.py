@@ -6,13 +6,14 @@ from collections import deque
 from typing import TypeVar, cast, overload
 
 from migrate.clock import ClockOffset, estimate, monotonic_ns
-from migrate.errors import ConnectionLostError, DeadlineError, PeerRefusedError
+from migrate.errors import AbortedError, ConnectionLostError, DeadlineError, PeerRefusedError
 from proto.errors import ProtocolError
-from proto.messages import ClockPing, ClockPong, Message, Refused, control_decoder, encode
+from proto.messages import Aborted, ClockPing, ClockPong, Message, Refused, control_decoder, encode
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 MESSAGES_WAITING_MAX = 64
+UNSENT_BYTES_MAX = 4 << 20
 
 
 class ControlConnection(asyncio.Protocol):
@@ -60,8 +61,21 @@ class ControlConnection(asyncio.Protocol):
     # --- messages ---------------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(encode(message))
+        if self._transport is None or self._transport.is_closing():
+            return
+        if self._transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            self.fail(ConnectionLostError("control connection", expected="a peer that reads", got="one that only writes"))
+            self._transport.abort()
+            return
+        self._transport.write(encode(message))
+
+    def check(self) -> None:
+        """Raise what has ended the connection or refused the migration already, although nobody has received it yet."""
+        refusal = next((message for message, _ in self._messages if isinstance(message, Refused | Aborted)), None)
+        if refusal is not None:
+            raise said_no(refusal)
+        if self._error is not None:
+            raise self._error
 
     @overload
     async def receive(self, first: type[_M], /, *, deadline_seconds: float | None = None) -> _M: ...
@@ -74,8 +88,8 @@ class ControlConnection(asyncio.Protocol):
         ConnectionLostError.
         """
         message, _ = await self._next(kinds, deadline_seconds)
-        if isinstance(message, Refused):
-            raise PeerRefusedError(message.what, expected=message.expected, got=message.got, code=message.code)
+        if isinstance(message, Refused) or (isinstance(message, Aborted) and Aborted not in kinds):
+            raise said_no(message)
         if not isinstance(message, kinds):
             expected = " or ".join(kind.__name__.lower() for kind in kinds)
             raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())
@@ -85,13 +99,16 @@ class ControlConnection(asyncio.Protocol):
         """The peer's clock against ours; reads nothing but pongs meanwhile."""
         trips: list[tuple[int, int, int]] = []
         for _ in range(pings):
-            self.send(ClockPing(sent_ns=monotonic_ns()))
+            sent_ns = monotonic_ns()
+            self.send(ClockPing(sent_ns=sent_ns))
             message, received_ns = await self._next((ClockPong,), deadline_seconds)
             if not isinstance(message, ClockPong):
                 raise ProtocolError(
                     "message-unexpected", "control message", expected="clock_pong", got=type(message).__name__.lower()
                 )
-            trips.append((message.sent_ns, message.peer_ns, received_ns))
+            if message.sent_ns != sent_ns:
+                raise ProtocolError("message-invalid", "clock_pong sent_ns", expected=sent_ns, got=message.sent_ns)
+            trips.append((sent_ns, message.peer_ns, received_ns))
         return estimate(trips)
 
     async def _next(self, kinds: tuple[type[Message], ...], deadline_seconds: float | None) -> tuple[Message, int]:
@@ -131,3 +148,9 @@ class ControlConnection(asyncio.Protocol):
         if self._transport is not None:
             with contextlib.suppress(RuntimeError):
                 self._transport.close()
+
+
+def said_no(message: Refused | Aborted) -> PeerRefusedError:
+    if isinstance(message, Aborted):
+        return AbortedError("destination", expected="to resume the guest", got=message.reason)
+    return PeerRefusedError(message.what, expected=message.expected, got=message.got, code=message.code)

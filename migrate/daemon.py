@@ -25,7 +25,7 @@ from migrate.errors import DeadlineError, GuestBusyError, GuestRefusedError, Lis
 from migrate.guest_link import GuestLink, GuestState
 from migrate.http import HttpServers
 from migrate.metrics import Totals
-from migrate.network import Address, answer, listen, receive_preamble, require_loopback, tune
+from migrate.network import Address, accept, answer, listen, receive_preamble, require_loopback, tune
 from migrate.notify import notify
 from migrate.region import shape_of, shape_text
 from migrate.session import Migration
@@ -34,7 +34,7 @@ from migrate.switchover import Quiet
 from proto.errors import ProtocolError
 from proto.messages import Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
-from proto.states import CANCELLABLE, State
+from proto.states import AFTER_SWITCHOVER, CANCELLABLE
 
 log = structlog.get_logger("postcopy.daemon")
 ENDED_MIGRATIONS_KEPT = 64
@@ -90,6 +90,7 @@ class Daemon:
             link.release()
         else:
             migration.guest_gone()
+        self._changed.set()
 
     def migration_of(self, link: GuestLink) -> SourceMigration | DestinationMigration | None:
         """The migration that has not ended and that this guest is part of."""
@@ -138,6 +139,7 @@ class Daemon:
     def _migration_ended(self, migration: Migration) -> None:
         assert isinstance(migration, SourceMigration | DestinationMigration)
         self.totals.add(migration)
+        migration.counted = True
         self._changed.set()
         if migration.ended and migration.guest is not None and migration.guest.gone:
             migration.guest.release()
@@ -151,7 +153,7 @@ class Daemon:
     async def _accept_peers(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, place = await loop.sock_accept(listener)
+            sock, place = await accept(listener)
             if self._half_open >= HALF_OPEN_MAX:
                 await answer(sock, AnswerCode.BUSY)
                 sock.close()
@@ -209,7 +211,7 @@ class Daemon:
 
     async def _accept_guests(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = await asyncio.get_running_loop().sock_accept(listener)
+            sock, _ = await accept(listener)
             self._links.add(GuestLink(sock, self._guest_hello, self._guest_gone))
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -270,9 +272,7 @@ class Daemon:
         said: list[str] = []
         while self._terminations < 2:
             self._changed.clear()
-            waiting = [
-                m.guest_id for m in self.migrations.values() if m.state in (State.SWITCHOVER, State.POSTCOPY, State.STALLED)
-            ]
+            waiting = [m.guest_id for m in self.migrations.values() if self._owes_pages(m)]
             if not waiting:
                 return
             if waiting != said:
@@ -281,6 +281,12 @@ class Daemon:
                 log.warning(status, hint="a second SIGTERM ends at once; their missing pages then stay at the source")
                 said = waiting
             await self._changed.wait()
+
+    @staticmethod
+    def _owes_pages(migration: SourceMigration | DestinationMigration) -> bool:
+        """A guest in postcopy hangs on this daemon; one whose guest has gone from the destination no longer does."""
+        gone = isinstance(migration, DestinationMigration) and migration.guest is not None and migration.guest.gone
+        return migration.state in AFTER_SWITCHOVER and not gone
 
     def _keep(self, task: asyncio.Task[None]) -> None:
         self._tasks.add(task)

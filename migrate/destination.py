@@ -17,7 +17,7 @@ from migrate.control import ControlConnection
 from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
 from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
-from migrate.session import Migration, on_own_thread
+from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -93,9 +93,10 @@ class DestinationMigration(Migration):
             await self._switch_over()
             await self._until_final()
             await self._finish()
-        except (PostcopyError, ProtocolError, OSError, asyncio.CancelledError) as raised:
-            error = raised if isinstance(raised, Exception) else PostcopyError("the daemon is ending", code="cancelled")
-            self._failed(error)
+        except asyncio.CancelledError:
+            error = self._failed(PostcopyError("the daemon is ending", code="cancelled"))
+        except Exception as raised:
+            error = self._failed(self.typed(raised))
         finally:
             self._close()
             self.end(error)
@@ -145,7 +146,7 @@ class DestinationMigration(Migration):
             self._attached.set_result(None)
 
     async def _switch_over(self) -> None:
-        message = await self._receive_or_cancel(Prepare)
+        message = await self._receive_or_cancel(Prepare, deadline_seconds=PREPARED_DEADLINE_SECONDS)
         assert isinstance(message, Prepare)
         self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns
         async with self._quiet:
@@ -192,7 +193,7 @@ class DestinationMigration(Migration):
         self.advance(Event.ABORT)
         self._control.send(Aborted(epoch=self.epoch, reason=reason))
 
-    async def _receive_or_cancel(self, kind: type[Prepare] | type[Switchover], deadline_seconds: float | None = None) -> object:
+    async def _receive_or_cancel(self, kind: type[Prepare] | type[Switchover], deadline_seconds: float) -> object:
         message = await self._control.receive(kind, Cancel, deadline_seconds=deadline_seconds)
         if isinstance(message, Cancel):
             raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
@@ -223,7 +224,7 @@ class DestinationMigration(Migration):
         plane = self._plane
         plane.stop()
         self.join_loops()
-        result = await on_own_thread("finish", plane.finish)
+        result = await self.on_own_thread("finish", plane.finish)
         if result.reason != "finished":
             raise result.error()
         self.guest.became_running()
@@ -257,6 +258,8 @@ class DestinationMigration(Migration):
             self._control.send(self._progress())
 
     def guest_gone(self) -> None:
+        if self.state is State.STALLED and self.guest is not None:
+            self.guest.release()  # nobody is left to whom its pages could come
         self._control.fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
 
     def loop_ended(self, result: LoopResult) -> None:
@@ -269,7 +272,10 @@ class DestinationMigration(Migration):
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> Exception | None:
+        """The error that the migration ended with; None when it had been completed before."""
+        if self.state is State.COMPLETE:
+            return None
         if self.state in (State.SWITCHOVER, State.POSTCOPY):
             self.advance(Event.LOST)
             if self.guest is not None:
@@ -277,16 +283,20 @@ class DestinationMigration(Migration):
             self.log.error(
                 "migration stalled: the guest waits for pages that are still at the source", reason=str(error), peer=self.peer
             )
-            return
+            return error
         if isinstance(error, CancelledByPeerError):
             self.advance(Event.CANCEL)
         elif self.state is not State.ABORTED:
+            if self.state is State.PREPARING:  # the switchover may be on its way: say that it comes to nothing (P4)
+                self._abort(str(error)[:400])
+            else:
+                self.advance(Event.FAILURE)
             self._control.refuse(error)
-            self.advance(Event.FAILURE)
         if self.guest is not None:
             self.guest.on_stepped = self.guest.on_failed = None
             self.guest.state = GuestState.WAITING
         self.log.warning("migration did not happen", reason=str(error), peer=self.peer)
+        return error
 
     def _summarize(self) -> None:
         """Keep the figures; the C side's object is about to go."""

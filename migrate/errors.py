@@ -17,9 +17,6 @@ class PostcopyError(Exception):
             self.code = code
         super().__init__(what + (f": expected {self.expected}, got {self.got}" if self.expected or self.got else ""))
 
-    def to_dict(self) -> dict[str, str]:
-        return {"code": self.code, "what": self.what, "expected": self.expected, "got": self.got}
-
 
 class HostLacksError(PostcopyError):
     """This machine or this user lacks what is needed; ``remedy`` is the one thing to change."""
@@ -69,6 +66,12 @@ class PeerRefusedError(PostcopyError):
     """The other daemon said no; the code is its own."""
 
     code = "peer-refused"
+
+
+class AbortedError(PeerRefusedError):
+    """The destination has decided and recorded that it will never resume this epoch: the source may (P4)."""
+
+    code = "aborted"
 
 
 class ConnectionLostError(PostcopyError):

@@ -13,7 +13,7 @@ import structlog
 
 from migrate import __version__
 from migrate.dataplane import MemoryRegion
-from migrate.errors import DeadlineError, GuestGoneError, GuestRefusedError, PostcopyError
+from migrate.errors import DeadlineError, GuestBusyError, GuestGoneError, GuestRefusedError, PostcopyError
 from migrate.guest import uffd
 from migrate.region import check_regions, shape_of
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
@@ -70,7 +70,7 @@ class GuestLink:
         self.on_stepped: Callable[[int], None] | None = None
         self.on_failed: Callable[[PostcopyError], None] | None = None
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        self.pid, self.uid, _ = struct.unpack("3i", credentials)
+        self.pid, _, _ = struct.unpack("3i", credentials)
         self._loop.add_reader(sock, self._readable)
 
     @property
@@ -99,6 +99,8 @@ class GuestLink:
         if self.gone:
             raise GuestGoneError(f"guest {self.guest_id}", expected="an attached guest", got="its socket has ended")
         future: asyncio.Future[Message] = self._loop.create_future()
+        if self._pending is not None:
+            raise GuestBusyError(f"guest {self.guest_id}", expected="one request at a time", got="a second one")
         answers = (yes, no)
         self._pending = (answers, future)
         self.send(message)
@@ -124,6 +126,11 @@ class GuestLink:
             return
         except OSError:
             data, descriptors, flags = b"", [], 0
+        if self.hello is not None and descriptors:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            log.warning("descriptors after hello, closed", guest=self.guest_id, descriptors=len(descriptors))
+            descriptors = []
         self._descriptors += descriptors
         if not data:
             self.close()
@@ -148,7 +155,8 @@ class GuestLink:
             self._greet(message)
         elif isinstance(message, Stepped):
             if self.on_stepped:
-                self.on_stepped(message.first_step_ns)
+                on_stepped, self.on_stepped = self.on_stepped, None  # told once a resume
+                on_stepped(message.first_step_ns)
         elif isinstance(message, GuestFailed):
             self.failure = message.reason
             log.error("guest failed", guest=self.guest_id, reason=message.reason)
@@ -174,10 +182,13 @@ class GuestLink:
         if len(self._descriptors) != expected:
             what = f"{hello.memory_files} memory files" + (" and a userfaultfd" if waiting else "")
             raise GuestRefusedError("descriptors passed with hello", expected=f"{expected}: {what}", got=len(self._descriptors))
-        self.regions = check_regions(hello.regions, self._descriptors[: hello.memory_files])
-        if waiting:
-            self.userfaultfd = self._descriptors[-1]
-            self._check_userfaultfd()
+        try:
+            self.regions = check_regions(hello.regions, self._descriptors[: hello.memory_files])
+            if waiting:
+                self.userfaultfd = self._descriptors[-1]
+                self._check_userfaultfd()
+        except OSError as error:
+            raise GuestRefusedError("descriptors passed with hello", expected="usable ones", got=error) from error
         self.state = GuestState.WAITING if waiting else GuestState.RUNNING
         self.hello = hello
         self._on_hello(self)
@@ -185,6 +196,14 @@ class GuestLink:
 
     def _check_userfaultfd(self) -> None:
         """Registering again is free where the range is MISSING|MINOR already, and says no where it cannot be (P3)."""
+        features = uffd.features_of(self.userfaultfd)
+        if unexpected := features & ~uffd.FEATURES_ALLOWED:
+            raise GuestRefusedError(
+                "userfaultfd features",
+                expected="missing and minor faults, no events",
+                got=f"{unexpected:#x} besides",
+                code="userfaultfd-refused",
+            )
         try:
             os.set_blocking(self.userfaultfd, False)
             for region in self.regions:

@@ -93,7 +93,7 @@ class DaemonCollector(Collector):
         """The totals with what is running now on top."""
         current = dict(self._daemon.totals.by_guest)
         for migration in self._daemon.migrations.values():
-            if not migration.settled:
+            if not migration.counted:
                 key = (str(migration.role), migration.guest_id)
                 current[key] = current[key].copy() if key in current else GuestTotals()
                 current[key].add_figures(migration)

@@ -7,11 +7,17 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from migrate.errors import DeadlineError, ListenRefusedError, PostcopyError
 from proto.errors import ProtocolError
 from proto.preamble import ANSWER_BYTES, PREAMBLE_BYTES, Answer, AnswerCode, Preamble
 
 USER_TIMEOUT_MS = 10_000
+KEEPALIVE_SECONDS = 5
+ACCEPT_RETRY_SECONDS = 0.2
+
+log = structlog.get_logger("postcopy.network")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +34,7 @@ class Address:
             host = host[1:-1]
         elif ":" in host:
             separator = ""
-        if not separator or not host or not port.isdigit() or int(port) > 65535:
+        if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
             raise PostcopyError("address", expected="HOST:PORT or [IPv6]:PORT", got=text)
         return cls(host, int(port))
 
@@ -60,7 +66,9 @@ def tune(sock: socket.socket, congestion_control: str | None = None) -> None:
     sock.setblocking(False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a host that dies shows within seconds, also to who only reads
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS)
     if congestion_control is not None:
         try:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode())
@@ -104,6 +112,17 @@ def listen(address: Address) -> socket.socket:
         raise ListenRefusedError(f"listening on {address}", expected="a free address of this host", got=error) from error
     sock.setblocking(False)
     return sock
+
+
+async def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
+    """The next connection. Without descriptors left (EMFILE) it says so and tries again: a listener does not end."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            return await loop.sock_accept(listener)
+        except OSError as error:
+            log.error("no connection can be accepted", reason=str(error), hint="raise the limit of open files (LimitNOFILE)")
+            await asyncio.sleep(ACCEPT_RETRY_SECONDS)
 
 
 async def _receive_exactly(sock: socket.socket, size_bytes: int) -> bytes:

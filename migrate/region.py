@@ -1,6 +1,7 @@
 """Regions of guest memory as a daemon accepts them: descriptors checked before anything is mapped or read."""
 
 import ctypes
+import fcntl
 import itertools
 import os
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def check_regions(regions: Sequence[GuestRegion], memory_files: Sequence[int]) -
             raise GuestRefusedError(
                 f"{where} memory file", expected="a file on tmpfs (memfd) or hugetlbfs", got=f"filesystem {kind:#x}"
             )
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_PATH) != os.O_RDWR:
+            raise GuestRefusedError(f"{where} memory file", expected="open for reading and writing", got="less")
         expected_page_bytes = block_bytes if kind == HUGETLBFS_MAGIC else 4096
         if region.page_bytes != expected_page_bytes:
             raise GuestRefusedError(f"{where} page_bytes", expected=expected_page_bytes, got=region.page_bytes)

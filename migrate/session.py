@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from typing import TypeVar
 
 import structlog
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +15,6 @@ from proto.messages import FaultKind, LatencySummary
 from proto.states import ENDED, SETTLED, Event, Role, State, advance
 
 log = structlog.get_logger("postcopy.migration")
-_T = TypeVar("_T")
 
 
 class ErrorFacts(BaseModel):
@@ -96,6 +94,7 @@ class Migration:
         self._timeline: dict[str, int] = {}
         self._threads: list[LoopThread] = []
         self._loop = asyncio.get_running_loop()
+        self.counted = False  # in the daemon's totals
         self._settled = asyncio.Event()
         self.log = log.bind(migration=self.id, guest=guest_id, role=str(self.role))
 
@@ -130,6 +129,13 @@ class Migration:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._settled.wait(), seconds)
 
+    def typed(self, error: Exception) -> Exception:
+        """What nobody foresaw ends this migration with a typed error too, and leaves its trace in the log."""
+        if isinstance(error, PostcopyError | ProtocolError | OSError):
+            return error
+        self.log.error("internal error", exc_info=error)
+        return PostcopyError(f"{type(error).__name__}: {error}", code="internal")
+
     def start_loop(self, name: str, run: Callable[[], LoopResult]) -> None:
         """A C loop on a thread of its own; ``loop_ended`` is told on the event loop."""
         self._threads.append(LoopThread(name, run, lambda result: _post(self._loop, lambda: self.loop_ended(result))))
@@ -139,6 +145,17 @@ class Migration:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+
+    async def on_own_thread(self, name: str, function: Callable[[], LoopResult]) -> LoopResult:
+        """Run a blocking C call on a thread of its own and wait for its result; ``join_loops`` waits for it too."""
+        future: asyncio.Future[LoopResult] = self._loop.create_future()
+
+        def deliver(result: LoopResult) -> None:
+            if not future.done():
+                future.set_result(result)
+
+        self._threads.append(LoopThread(name, function, lambda result: _post(self._loop, lambda: deliver(result))))
+        return await future
 
     def loop_ended(self, result: LoopResult) -> None:
         raise NotImplementedError
@@ -206,16 +223,3 @@ def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
     """From a loop's thread; a daemon that has ended meanwhile no longer listens."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(call)
-
-
-async def on_own_thread(name: str, function: Callable[[], LoopResult]) -> LoopResult:
-    """Run a blocking C call on a thread of its own and wait for its result."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[LoopResult] = loop.create_future()
-
-    def deliver(result: LoopResult) -> None:
-        if not future.done():
-            future.set_result(result)
-
-    LoopThread(name, function, lambda result: _post(loop, lambda: deliver(result)))
-    return await future

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from migrate import __version__
 from migrate.clock import PINGS, SAME_CLOCK, clock_id
-from migrate.control import ControlConnection
+from migrate.control import ControlConnection, said_no
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.errors import (
+    AbortedError,
     ConnectionLostError,
     GuestGoneError,
     NotCancellableError,
@@ -26,7 +27,6 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect, greet
 from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
-from proto.errors import ProtocolError
 from proto.messages import (
     Aborted,
     Accept,
@@ -73,6 +73,7 @@ class SourceMigration(Migration):
     ) -> None:
         super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
         self.guest = guest
+        guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk = bulk
         self._congestion_control = congestion_control
         self._address = address
@@ -98,15 +99,14 @@ class SourceMigration(Migration):
             await self._serve_until_complete()
         except asyncio.CancelledError:
             error = self._cancelled()
-        except (PostcopyError, ProtocolError, OSError) as raised:
-            error = raised
-            self._failed(raised)
+        except Exception as raised:
+            error = self.typed(raised)
+            self._failed(error)
         finally:
             self._close()
             self.end(error)
 
     async def _connect(self) -> None:
-        self.guest.state = GuestState.LEAVING
         self.guest.on_failed = self._guest_failed
         self.advance(Event.CONNECT)
         self._plane = SourcePlane(self.guest.regions)
@@ -146,15 +146,18 @@ class SourceMigration(Migration):
             await self._control.receive(Prepared, deadline_seconds=ANSWER_DEADLINE_SECONDS)
             rehearse(self.epoch)
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
+            if self._cancel_reason is not None:  # came in one tick with the answer that was awaited
+                raise asyncio.CancelledError
             self.advance(Event.PAUSE)
             paused = await self._pause_guest()
+            self._control.check()  # the last moment at which a failure leaves the guest here (P5)
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
             self._plane.open()
             answer = await self._control.receive(Running, Aborted, deadline_seconds=ANSWER_DEADLINE_SECONDS)
         if isinstance(answer, Aborted):
-            raise PeerRefusedError("destination", expected="to resume the guest", got=answer.reason, code="aborted")
+            raise said_no(answer)
         self.advance(Event.RUNNING)
 
     async def _pause_guest(self) -> Paused:
@@ -184,6 +187,7 @@ class SourceMigration(Migration):
         self._pages_there = self.pages_total
         self.advance(Event.COMPLETE)
         self._control.send(Released())
+        self._stop_loops()  # before the memory files are closed
         self.guest.send(GuestReleased())
         self.guest.close()
         self.guest.release()
@@ -242,12 +246,12 @@ class SourceMigration(Migration):
         return PostcopyError(f"cancelled: {reason}", code="cancelled")
 
     def _failed(self, error: Exception) -> None:
-        aborted = isinstance(error, PeerRefusedError) and error.code == "aborted"
-        if self.state in (State.SWITCHOVER, State.POSTCOPY) and not (aborted and self.state is State.SWITCHOVER):
+        aborted = isinstance(error, AbortedError) and self.state is State.SWITCHOVER
+        if self.state in (State.SWITCHOVER, State.POSTCOPY) and not aborted:
             self.advance(Event.LOST)
             self.log.error("migration stalled: the guest stays paused here, its pages kept", reason=str(error), peer=self.peer)
             return
-        if self._control is not None and not aborted:
+        if self._control is not None and not isinstance(error, PeerRefusedError):
             self._control.refuse(error)
         self.advance(Event.ABORT if aborted else Event.FAILURE)
         self._guest_runs_on()
@@ -260,14 +264,16 @@ class SourceMigration(Migration):
         self.guest.on_failed = None
         self.guest.state = GuestState.RUNNING
 
-    def _close(self) -> None:
-        self._figures = self.figures()
+    def _stop_loops(self) -> None:
         if self._plane is not None:
             self._plane.stop()
             self.join_loops()
             self._figures = self._plane.figures()
             self._plane.close()
             self._plane = None
+
+    def _close(self) -> None:
+        self._stop_loops()
         for sock in self._sockets:
             with contextlib.suppress(OSError):
                 sock.close()

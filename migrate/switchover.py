@@ -5,10 +5,13 @@ happens inside may grow with guest memory (P7).
 """
 
 import asyncio
+import contextlib
 import gc
 from types import TracebackType
 
 from proto.messages import Running, Switchover, control_decoder, encode
+
+WAIT_SECONDS_MAX = 0.1
 
 
 def rehearse(epoch: int) -> None:
@@ -39,4 +42,6 @@ class Quiet:
             self._free.set()
 
     async def wait(self) -> None:
-        await self._free.wait()
+        """At most a moment: a peer that never says ``running`` must not silence the API."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._free.wait(), WAIT_SECONDS_MAX)

@@ -118,9 +118,6 @@ class Histogram:
         lib.histogram_fold(self._copy, cumulative)
         return list(cumulative)
 
-    def buckets(self) -> list[int]:
-        return list(self._copy.bucket)
-
 
 def prefer_latency() -> None:
     """This thread answers others: ask the scheduler for short slices (schedule.c)."""

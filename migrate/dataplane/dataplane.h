@@ -79,7 +79,7 @@ struct destination_figures {
 
 struct destination;
 
-/* NULL with *error_number set: EINVAL (a region not of whole pages, or overlapping), ENOMEM, or mmap's errno. */
+/* NULL with *error_number set: EINVAL (a region not of whole pages, or beyond its file's end), ENOMEM, or mmap's errno. */
 struct destination *destination_create(const struct memory_region *regions, uint32_t region_count, int userfaultfd, int *error_number);
 void destination_destroy(struct destination *destination);
 void destination_stop(struct destination *destination);
@@ -95,7 +95,6 @@ void destination_finish(struct destination *destination, struct loop_result *res
 
 void destination_read(const struct destination *destination, struct destination_figures *figures);
 void destination_latency(const struct destination *destination, uint32_t fault_kind, struct histogram_copy *copy);
-uint8_t destination_page_state(const struct destination *destination, uint32_t region, uint64_t page_index);
 
 /* --- source ------------------------------------------------------------------------------------------------------ */
 

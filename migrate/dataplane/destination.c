@@ -262,8 +262,3 @@ void destination_latency(const struct destination *destination, uint32_t fault_k
 {
     histogram_read(&destination->latency[fault_kind < FAULT_KINDS ? fault_kind : FAULT_REMOTE], copy);
 }
-
-uint8_t destination_page_state(const struct destination *destination, uint32_t region, uint64_t page_index)
-{
-    return page_load(&destination->state[destination->memory.regions[region].first_page + page_index]);
-}

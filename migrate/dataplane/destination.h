@@ -25,11 +25,6 @@ struct destination {
 #undef X
 };
 
-static inline void count(_Atomic uint64_t *counter, uint64_t by)
-{
-    atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
-}
-
 /* Bring one frame's pages, or its zeroes, to where faults end. False: result says why. */
 bool destination_take_pages(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
                             const char *bytes, enum page_path path, struct loop_result *result);

@@ -8,6 +8,7 @@
  * Not handled: events other than page faults (the agent asks for none), pages HELD by precopy, discards. */
 #include <errno.h>
 #include <poll.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "inbox.h"
@@ -132,7 +133,11 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
 static bool read_faults(struct fault_context *context, struct loop_result *result)
 {
     struct uffd_msg message[EVENTS_PER_READ];
-    ssize_t read_bytes = read(context->destination->userfaultfd, message, sizeof(message));
+    /* Not read(2): the guest can clear O_NONBLOCK on the descriptor that it shares, and take the event itself. */
+    struct iovec into = {message, sizeof(message)};
+    ssize_t read_bytes = preadv2(context->destination->userfaultfd, &into, 1, -1, RWF_NOWAIT);
+    if (read_bytes < 0 && errno == EOPNOTSUPP) /* before Linux 6.10 */
+        read_bytes = read(context->destination->userfaultfd, message, sizeof(message));
     if (read_bytes < 0)
         return errno == EAGAIN || errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "read userfaultfd");
     if (read_bytes == 0)

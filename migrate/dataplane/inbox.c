@@ -14,11 +14,7 @@
 
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path)
 {
-    size_t page_bytes_max = 0;
-    for (uint32_t i = 0; i < destination->memory.region_count; i++)
-        if (destination->memory.regions[i].memory.page_bytes > page_bytes_max)
-            page_bytes_max = destination->memory.regions[i].memory.page_bytes;
-    size_t wanted_bytes = 2 * (page_bytes_max + FRAME_HEADER_BYTES); /* a whole page and the start of the next */
+    size_t wanted_bytes = 2 * ((size_t)destination->memory.page_bytes_max + FRAME_HEADER_BYTES); /* a whole page and the start of the next */
     size_t least_bytes = path == PATH_BULK ? INBOX_BYTES_MIN : INBOX_URGENT_BYTES_MIN;
     *inbox = (struct inbox){.channel = {.socket = socket}, .path = path};
     inbox->capacity_bytes = wanted_bytes > least_bytes ? wanted_bytes : least_bytes;
@@ -46,6 +42,10 @@ static bool begin_frame(struct inbox *inbox, struct destination *destination, st
     if (verdict.field != FRAME_FIELD_NONE)
         return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
     uint64_t page_count = frame->length_bytes / region->memory.page_bytes;
+    if (inbox->path == PATH_URGENT && page_count != 1) {
+        verdict = (struct frame_verdict){FRAME_FIELD_LENGTH, region->memory.page_bytes, frame->length_bytes};
+        return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
+    }
     if (frame->kind == FRAME_ZERO)
         return destination_take_zeroes(destination, region, frame->page_index, page_count, inbox->path, result);
     inbox->next_page_index = frame->page_index;

@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/vfs.h>
 
 #include "kernel.h"
@@ -33,9 +34,20 @@ int memory_init(struct memory *memory, const struct memory_region *regions, uint
         region->page_count = given->size_bytes / given->page_bytes;
         region->is_hugetlb = filesystem.f_type == HUGETLBFS_MAGIC;
         memory->page_total += region->page_count;
+        if (given->page_bytes > memory->page_bytes_max)
+            memory->page_bytes_max = given->page_bytes;
     }
     memory->region_count = region_count;
     return 0;
+}
+
+/* 0 when the region lies within its file, for good if the file is sealed. */
+static int check_size(const struct region *region)
+{
+    struct stat status;
+    if (fstat(region->memory.memory_fd, &status) < 0)
+        return errno;
+    return region->memory.offset_bytes + region->memory.size_bytes <= (uint64_t)status.st_size ? 0 : EINVAL;
 }
 
 static bool sealed_against_shrinking(int memory_fd)
@@ -51,6 +63,9 @@ int memory_map_aliases(struct memory *memory)
     for (uint32_t i = 0; i < memory->region_count; i++) {
         struct region *region = &memory->regions[i];
         bool sealed = sealed_against_shrinking(region->memory.memory_fd);
+        int error_number = check_size(region); /* after the seal: the guest may have truncated it since it said hello */
+        if (error_number != 0)
+            return error_number;
         /* A hugetlb store can also fail for want of a huge page, so its alias is only written by system calls (place.c). */
         if (!sealed && !region->is_hugetlb)
             continue;

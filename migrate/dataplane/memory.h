@@ -2,6 +2,7 @@
 #ifndef POSTCOPY_MEMORY_H
 #define POSTCOPY_MEMORY_H
 
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "dataplane.h"
@@ -18,6 +19,7 @@ struct memory {
     struct region regions[REGIONS_MAX];
     uint32_t region_count;
     uint64_t page_total;
+    uint32_t page_bytes_max;
 };
 
 /* 0 or an errno. */
@@ -28,6 +30,11 @@ void memory_deinit(struct memory *memory);
 
 /* The region that holds a guest address; NULL when none does. */
 const struct region *memory_at_address(const struct memory *memory, uint64_t address);
+
+static inline void count(_Atomic uint64_t *counter, uint64_t by)
+{
+    atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
+}
 
 static inline uint64_t region_file_offset(const struct region *region, uint64_t page_index)
 {

@@ -1,7 +1,7 @@
 /* See resolve.h. Facts of the kernel that decide this file (tests/kernel/test_resolving.py shows each):
  *   CONTINUE on a page that is mapped is EEXIST and wakes nobody: UFFDIO_WAKE by hand.
  *   A range that ends early is EAGAIN with mapped > 0, which is progress; the real errno comes with the next call.
- *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry.
+ *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry, not for ever.
  *   hugetlbfs has no ZEROPAGE: fallocate gives a cleared page, CONTINUE maps it. */
 #include "resolve.h"
 
@@ -11,6 +11,8 @@
 #include <sys/ioctl.h>
 
 #include "kernel.h"
+
+#define RETRIES_MAX 10000 /* of an EAGAIN without progress: milliseconds; a guest must not hold its daemon's thread for ever */
 
 static void wake(int userfaultfd, uint64_t address, uint64_t size_bytes)
 {
@@ -39,6 +41,7 @@ struct resolution resolve_continue(int userfaultfd, const struct region *region,
     uint64_t page_bytes = region->memory.page_bytes;
     uint64_t address = region->memory.guest_address + page_index * page_bytes;
     uint64_t end = address + page_count * page_bytes;
+    uint32_t retries = 0;
     while (address < end) {
         struct uffdio_continue request = {.range = {.start = address, .len = end - address}};
         if (ioctl(userfaultfd, UFFDIO_CONTINUE, &request) == 0) {
@@ -51,7 +54,7 @@ struct resolution resolve_continue(int userfaultfd, const struct region *region,
             address += (uint64_t)request.mapped;
             continue;
         }
-        if (error_number == EAGAIN) {
+        if (error_number == EAGAIN && retries++ < RETRIES_MAX) {
             sched_yield();
             continue;
         }
@@ -73,8 +76,8 @@ static struct resolution resolve_zeropage(int userfaultfd, const struct region *
 {
     struct uffdio_zeropage request = {
         .range = {.start = region->memory.guest_address + page_index * region->memory.page_bytes, .len = region->memory.page_bytes}};
-    while (ioctl(userfaultfd, UFFDIO_ZEROPAGE, &request) < 0) {
-        if (errno == EAGAIN) {
+    for (uint32_t retries = 0; ioctl(userfaultfd, UFFDIO_ZEROPAGE, &request) < 0; retries++) {
+        if (errno == EAGAIN && retries < RETRIES_MAX) {
             sched_yield();
             continue;
         }

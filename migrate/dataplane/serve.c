@@ -34,7 +34,7 @@ static bool answer_request(struct serve_context *context, const struct frame_hea
     if (verdict.field != FRAME_FIELD_NONE)
         return result_frame(result, LOOP_FRAME_INVALID, request, verdict);
 
-    count_sent(&source->requests, 1);
+    count(&source->requests, 1);
     uint64_t page = region->first_page + request->page_index;
     source_mark_sent(source, page);
     if (!source_read_pages(region, request->page_index, 1, context->page, result))
@@ -42,8 +42,8 @@ static bool answer_request(struct serve_context *context, const struct frame_hea
     bool zero = page_is_zero(context->page, page_bytes);
     struct frame_header header = frame_of_run(source, zero ? FRAME_ZERO : FRAME_PAGES, region, request->page_index, 1);
     struct iovec pieces[2] = {{&header, FRAME_HEADER_BYTES}, {context->page, page_bytes}};
-    count_sent(zero ? &source->pages_zero_urgent : &source->pages_urgent, 1);
-    count_sent(&source->bytes_urgent, FRAME_HEADER_BYTES + (zero ? 0 : page_bytes));
+    count(zero ? &source->pages_zero_urgent : &source->pages_urgent, 1);
+    count(&source->bytes_urgent, FRAME_HEADER_BYTES + (zero ? 0 : page_bytes));
     if (!channel_send_all(&context->channel, pieces, zero ? 1 : 2, source->stop_fd, result))
         return false;
     atomic_store_explicit(&source->steer, page + 1, memory_order_relaxed);
@@ -72,12 +72,8 @@ static bool serve_round(struct serve_context *context, struct loop_result *resul
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result)
 {
     result_reset(result);
-    size_t page_bytes_max = 0;
-    for (uint32_t i = 0; i < source->memory.region_count; i++)
-        if (source->memory.regions[i].memory.page_bytes > page_bytes_max)
-            page_bytes_max = source->memory.regions[i].memory.page_bytes;
     struct serve_context context = {.source = source, .channel = {.socket = urgent_socket}};
-    context.page = malloc(page_bytes_max);
+    context.page = malloc(source->memory.page_bytes_max);
     if (!context.page) {
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
         return;

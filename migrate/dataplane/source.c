@@ -66,7 +66,7 @@ bool source_mark_sent(struct source *source, uint64_t page)
 {
     if (atomic_exchange_explicit(&source->sent[page], 1, memory_order_relaxed))
         return false;
-    count_sent(&source->pages_sent, 1);
+    count(&source->pages_sent, 1);
     return true;
 }
 

@@ -38,9 +38,4 @@ static inline struct frame_header frame_of_run(const struct source *source, enum
     };
 }
 
-static inline void count_sent(_Atomic uint64_t *counter, uint64_t by)
-{
-    atomic_fetch_add_explicit(counter, by, memory_order_relaxed);
-}
-
 #endif

@@ -58,8 +58,8 @@ static bool send_run(struct stream_context *context, const struct region *region
             alike++;
         struct frame_header header = frame_of_run(source, zero ? FRAME_ZERO : FRAME_PAGES, region, page_index + done, alike);
         struct iovec pieces[2] = {{&header, FRAME_HEADER_BYTES}, {content + done * page_bytes, alike * page_bytes}};
-        count_sent(zero ? &source->pages_zero_bulk : &source->pages_bulk, alike);
-        count_sent(&source->bytes_bulk, FRAME_HEADER_BYTES + (zero ? 0 : alike * page_bytes));
+        count(zero ? &source->pages_zero_bulk : &source->pages_bulk, alike);
+        count(&source->bytes_bulk, FRAME_HEADER_BYTES + (zero ? 0 : alike * page_bytes));
         if (!channel_send_all(&context->channel, pieces, zero ? 1 : 2, source->stop_fd, result))
             return false;
         done += alike;
@@ -77,7 +77,7 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
         context->rounds_of_faults--;
     if (steer != STEER_NONE && steer < source->memory.page_total && steer != context->cursor) {
         context->cursor = steer;
-        count_sent(&source->steers, 1);
+        count(&source->steers, 1);
     }
     uint64_t page = next_unsent(source, context->cursor);
     if (page == source->memory.page_total)
@@ -100,9 +100,8 @@ void stream_loop(struct source *source, int bulk_socket, struct loop_result *res
 {
     result_reset(result);
     struct stream_context context = {.source = source, .channel = {.socket = bulk_socket}, .buffer_bytes = RUN_BYTES};
-    for (uint32_t i = 0; i < source->memory.region_count; i++)
-        if (source->memory.regions[i].memory.page_bytes > context.buffer_bytes)
-            context.buffer_bytes = source->memory.regions[i].memory.page_bytes;
+    if (source->memory.page_bytes_max > context.buffer_bytes)
+        context.buffer_bytes = source->memory.page_bytes_max;
     context.buffer = malloc(context.buffer_bytes);
     if (!context.buffer) {
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");

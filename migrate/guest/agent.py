@@ -91,6 +91,7 @@ class Agent:
             self._machine_events.register(machine.event_fd(), select.POLLIN)
         self._socket: socket.socket | None = None
         self._decoder = guest_decoder()
+        self._unserved: list[Message] = []
         self._handlers: dict[type[Message], Callable[..., None]] = {
             GuestPrepare: self._prepare,
             Pause: self._pause,
@@ -118,7 +119,7 @@ class Agent:
         sent_bytes = socket.send_fds(self._socket, [data], descriptors)
         if sent_bytes < len(data):  # sending nothing at all is EPIPE when the daemon has refused already: then its answer is lost
             self._socket.sendall(data[sent_bytes:])
-        answer = self._receive_one()
+        answer, *self._unserved = self._receive_some()
         if isinstance(answer, Refused):
             raise PeerRefusedError(answer.what, expected=answer.expected, got=answer.got, code=answer.code)
         if not isinstance(answer, Welcome):
@@ -135,6 +136,7 @@ class Agent:
         if self.machine.event_fd() >= 0:
             poll.register(self.machine.event_fd(), select.POLLIN)
         with self._socket, uffd.prefer_latency():
+            self._serve(self._unserved)
             while self.role is not GuestRole.DEPARTED:
                 for ready_fd, _ in poll.poll():
                     if ready_fd != daemon_fd:
@@ -153,14 +155,15 @@ class Agent:
             os.close(self.userfaultfd)
             self.userfaultfd = -1
 
-    def _receive_one(self) -> Message:
+    def _receive_some(self) -> list[Message]:
+        """At least one; what came with the answer to hello is served first thing by ``run``."""
         assert self._socket is not None
         while True:
             data = self._socket.recv(1 << 16)
             if not data:
                 raise PostcopyError("daemon", expected="an answer to hello", got="end of connection", code="connection-lost")
             if messages := self._decoder.feed(data):
-                return messages[0]
+                return messages
 
     def _serve_daemon(self) -> bool:
         assert self._socket is not None
@@ -171,17 +174,20 @@ class Agent:
         if not data:
             return False
         try:
-            for message in self._decoder.feed(data):
-                handler = self._handlers.get(type(message))
-                if handler is None:
-                    raise ProtocolError(
-                        "message-unexpected", "message to the agent", expected="a request", got=type(message).__name__
-                    )
-                handler(message)
+            self._serve(self._decoder.feed(data))
         except ProtocolError as error:  # the guest does not end because its daemon is confused
             log.error("connection to the daemon ended", guest=self.guest_id, reason=str(error))
             return False
         return True
+
+    def _serve(self, messages: list[Message]) -> None:
+        for message in messages:
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise ProtocolError(
+                    "message-unexpected", "message to the agent", expected="a request", got=type(message).__name__
+                )
+            handler(message)
 
     def _serve_machine(self) -> None:
         message = self.machine.event()

@@ -48,12 +48,6 @@ int uffd_register(int fd, uint64_t address, uint64_t size_bytes, uint64_t modes,
     return 0;
 }
 
-int uffd_unregister(int fd, uint64_t address, uint64_t size_bytes)
-{
-    struct uffdio_range range = {.start = address, .len = size_bytes};
-    return ioctl(fd, UFFDIO_UNREGISTER, &range) < 0 ? errno : 0;
-}
-
 void *mapping_reserve(uint64_t size_bytes)
 {
     uint64_t padded_bytes = size_bytes + MAPPING_ALIGNMENT_BYTES;

@@ -16,7 +16,6 @@ void uffd_open(int user_mode_only, struct uffd_opened *opened);
 int uffd_api(int fd, uint64_t *features);
 /* UFFDIO_REGISTER; ioctls: bit mask of what the range allows. */
 int uffd_register(int fd, uint64_t address, uint64_t size_bytes, uint64_t modes, uint64_t *ioctls);
-int uffd_unregister(int fd, uint64_t address, uint64_t size_bytes);
 
 /* Address space for several regions side by side, aligned to 2 MiB; and one region of it. NULL/errno on failure. */
 void *mapping_reserve(uint64_t size_bytes);

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from migrate.errors import HostLacksError, PostcopyError, errno_text
 from migrate.guest._uffd import ffi, lib
@@ -15,6 +16,8 @@ from migrate.guest._uffd import ffi, lib
 MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MISSING | lib.UFFDIO_REGISTER_MODE_MINOR
 FEATURES_SHMEM: int = lib.UFFD_FEATURE_MISSING_SHMEM | lib.UFFD_FEATURE_MINOR_SHMEM
 FEATURES_HUGETLBFS: int = lib.UFFD_FEATURE_MISSING_HUGETLBFS | lib.UFFD_FEATURE_MINOR_HUGETLBFS
+FEATURES_ALLOWED: int = FEATURES_SHMEM | FEATURES_HUGETLBFS | 1 << 31  # the kernel's own mark of UFFDIO_API
+"""Events would have to be read for the guest's own calls to return, and EVENT_FORK hands descriptors to who reads them."""
 _IOCTL_CONTINUE = 1 << lib._UFFDIO_CONTINUE
 
 
@@ -92,8 +95,12 @@ def register(userfaultfd: int, address: int, size_bytes: int, modes: int = MODES
         raise UserfaultfdError("UFFDIO_REGISTER", errno.EOPNOTSUPP, expected="a range that allows UFFDIO_CONTINUE")
 
 
-def unregister(userfaultfd: int, address: int, size_bytes: int) -> None:
-    """Waiting threads wake and read zeroes where nothing is: only when every page is here, or nobody touches it."""
-    error_number = lib.uffd_unregister(userfaultfd, address, size_bytes)
-    if error_number:
-        raise UserfaultfdError("UFFDIO_UNREGISTER", error_number, expected="a registered range")
+def features_of(userfaultfd: int) -> int:
+    """The features that UFFDIO_API enabled on a descriptor; 0 for none yet, or for what is not a userfaultfd.
+
+    Source: userfaultfd_show_fdinfo in fs/userfaultfd.c, ``API: api:features:all features`` in hexadecimal.
+    """
+    for line in Path(f"/proc/self/fdinfo/{userfaultfd}").read_text().splitlines():
+        if line.startswith("API:"):
+            return int(line.split(":")[2], 16)
+    return 0
