@@ -105,7 +105,8 @@ class GuestLink:
         self._pending = (answers, future)
         self.send(message)
         try:
-            return cast(_M | _N, await asyncio.wait_for(future, deadline_seconds))
+            async with asyncio.timeout(deadline_seconds):
+                return cast(_M | _N, await future)
         except TimeoutError:
             self._overdue = answers
             names = " or ".join(answer.__name__.lower() for answer in answers)

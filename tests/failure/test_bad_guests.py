@@ -19,6 +19,8 @@ from .fakes import FakeGuest, PeerEndedError, framed, oversized
 
 pytestmark = [pytest.mark.requires("uffd"), pytest.mark.usefixtures("unharmed")]
 HUGE_BYTES = 2 << 20
+EVENT_FORK = 1 << 1  # UFFD_FEATURE_..., linux/userfaultfd.h; the product has no use for either
+EVENT_REMOVE = 1 << 3
 
 
 @dataclass
@@ -29,25 +31,35 @@ class Lie:
     descriptors: Sequence[int]
 
 
-def plain_userfaultfd(*, asks_for_minor_faults: bool) -> int:
-    """As a guest opens it that does not know what this is about."""
+def plain_userfaultfd(features: int | None) -> int:
+    """As a guest opens it that does not know what this is about; None: UFFDIO_API is left out."""
     opened = ffi.new("struct uffd_opened *")
     lib.uffd_open(1, opened)
     assert opened.fd >= 0
-    if asks_for_minor_faults:
-        assert lib.uffd_api(opened.fd, ffi.new("uint64_t *", uffd.FEATURES_SHMEM)) == 0
+    if features is not None:
+        assert lib.uffd_api(opened.fd, ffi.new("uint64_t *", features)) == 0
     return int(opened.fd)
 
 
 def anonymous_memory(guest: FakeGuest) -> Lie:
     address = lib.mapping_reserve(1 << 20)  # private and anonymous: minor faults do not exist there
-    other = plain_userfaultfd(asks_for_minor_faults=True)
+    other = plain_userfaultfd(uffd.FEATURES_SHMEM)
     hello = guest.hello(regions=[guest.region(guest_address=int(ffi.cast("uintptr_t", address)))])
     return Lie(encode(hello), [guest.memory.files[0], other])
 
 
 def without_api(guest: FakeGuest) -> Lie:
-    return Lie(encode(guest.hello()), [guest.memory.files[0], plain_userfaultfd(asks_for_minor_faults=False)])
+    return Lie(encode(guest.hello()), [guest.memory.files[0], plain_userfaultfd(None)])
+
+
+def with_events(guest: FakeGuest, events: int) -> Lie:
+    other = plain_userfaultfd(uffd.FEATURES_SHMEM | events)
+    return Lie(encode(guest.hello()), [guest.memory.files[0], other])
+
+
+def reopened(descriptor: int, flags: int) -> int:
+    """The same file by a descriptor that can do less."""
+    return os.open(f"/proc/self/fd/{descriptor}", flags | os.O_CLOEXEC)
 
 
 def file_of(directory: str, size_bytes: int = 1 << 20) -> int:
@@ -84,6 +96,26 @@ LIES: dict[str, tuple[Callable[[FakeGuest], Lie], str, tuple[str, ...]]] = {
     ),
     "anonymous memory": (anonymous_memory, "userfaultfd-refused", ("MISSING|MINOR", "shmem or hugetlbfs", "EINVAL")),
     "no UFFDIO_API": (without_api, "userfaultfd-refused", ("MISSING|MINOR", "minor faults", "EINVAL")),
+    "events": (
+        lambda g: with_events(g, EVENT_REMOVE),
+        "userfaultfd-refused",
+        ("userfaultfd features", "no events", f"got {EVENT_REMOVE:#x}"),
+    ),
+    "a userfaultfd by its path alone": (
+        lambda g: Lie(encode(g.hello()), [g.memory.files[0], reopened(g.userfaultfd, os.O_PATH)]),
+        "guest-refused",
+        ("descriptors passed with hello", "usable ones", "Bad file descriptor"),
+    ),
+    "memory to read": (
+        lambda g: Lie(encode(g.hello()), [reopened(g.memory.files[0], os.O_RDONLY), g.userfaultfd]),
+        "guest-refused",
+        ("region 0 memory file", "open for reading and writing"),
+    ),
+    "memory by its path alone": (
+        lambda g: Lie(encode(g.hello()), [reopened(g.memory.files[0], os.O_PATH), g.userfaultfd]),
+        "guest-refused",
+        ("region 0 memory file", "open for reading and writing"),
+    ),
     "another range": (
         lambda g: Lie(encode(g.hello(regions=[g.region(guest_address=4096)])), g.descriptors()),
         "userfaultfd-refused",
@@ -189,6 +221,13 @@ def test_small_pages_of_hugetlbfs(pair: Pair, guest: FakeGuest) -> None:
     lie = Lie(encode(guest.hello()), [file, guest.userfaultfd])
     check_refused(pair, guest, lie, "guest-refused", ("region 0 page_bytes", str(HUGE_BYTES), "4096"))
     os.close(file)
+
+
+@pytest.mark.requires("root")
+def test_events_of_forks(pair: Pair, guest: FakeGuest) -> None:
+    """Only CAP_SYS_PTRACE may ask for these: whoever reads them gets a descriptor in the child's place."""
+    words = ("userfaultfd features", "no events", f"got {EVENT_FORK:#x}")
+    check_refused(pair, guest, with_events(guest, EVENT_FORK), "userfaultfd-refused", words)
 
 
 def test_name_that_is_taken(pair: Pair, commuter: Commuter) -> None:
