@@ -9,6 +9,8 @@ from migrate.dataplane import DESTINATION_FIGURES, SOURCE_FIGURES
 from migrate.guests.workload.native import Report
 from migrate.pair import Pair
 
+from ..path.commuter import until
+
 pytestmark = pytest.mark.requires("uffd")
 
 GUESTS_OWN = "guest's own"
@@ -33,6 +35,10 @@ def test_what_the_table_names_is_there(repository: Path) -> None:
         assert f"def {test_name}(" in (repository / test_file).read_text(), step
 
 
+def thread_names(pid: int) -> set[str]:
+    return {(task / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()}
+
+
 def test_threads_have_the_names(repository: Path) -> None:
     named = {row[2] for row in life_of_one_page(repository)} - {GUESTS_OWN, TRANSIENT}
     with Pair() as pair:
@@ -40,7 +46,6 @@ def test_threads_have_the_names(repository: Path) -> None:
         pair.guest(pair.source, "here", "16M", "--rate", "1")
         with pair.source.client() as client:
             client.migrate("here", pair.destination.address, bulk=False)
-            while client.migrations()[0].state != "postcopy":
-                assert not client.migrations()[0].settled
-        tasks = [path for daemon in (pair.source, pair.destination) for path in Path(f"/proc/{daemon.pid}/task").iterdir()]
-        assert named <= {(task / "comm").read_text().strip() for task in tasks}
+            until(lambda: client.migrations()[0].state == "postcopy", "postcopy")
+        daemons = (pair.source, pair.destination)
+        until(lambda: named <= {name for daemon in daemons for name in thread_names(daemon.pid)}, f"threads {named}")
