@@ -73,7 +73,7 @@ class ControlConnection(asyncio.Protocol):
         """Raise what has ended the connection or refused the migration already, although nobody has received it yet."""
         refusal = next((message for message, _ in self._messages if isinstance(message, Refused | Aborted)), None)
         if refusal is not None:
-            raise said_no(refusal)
+            raise _said_no(refusal)
         if self._error is not None:
             raise self._error
 
@@ -84,12 +84,12 @@ class ControlConnection(asyncio.Protocol):
     async def receive(self, *kinds: type[Message], deadline_seconds: float | None = None) -> Message:
         """The next message, which must be of one of the kinds.
 
-        Raises PeerRefusedError (the peer's own words), ProtocolError ``message-unexpected``, DeadlineError,
-        ConnectionLostError.
+        Raises PeerRefusedError (the peer's own words; AbortedError when it says ``aborted``), ProtocolError
+        ``message-unexpected``, DeadlineError, ConnectionLostError.
         """
         message, _ = await self._next(kinds, deadline_seconds)
-        if isinstance(message, Refused) or (isinstance(message, Aborted) and Aborted not in kinds):
-            raise said_no(message)
+        if isinstance(message, Refused | Aborted):
+            raise _said_no(message)
         if not isinstance(message, kinds):
             expected = " or ".join(kind.__name__.lower() for kind in kinds)
             raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())
@@ -150,7 +150,7 @@ class ControlConnection(asyncio.Protocol):
                 self._transport.close()
 
 
-def said_no(message: Refused | Aborted) -> PeerRefusedError:
+def _said_no(message: Refused | Aborted) -> PeerRefusedError:
     if isinstance(message, Aborted):
         return AbortedError("destination", expected="to resume the guest", got=message.reason)
     return PeerRefusedError(message.what, expected=message.expected, got=message.got, code=message.code)

@@ -21,7 +21,7 @@ from migrate.control import ControlConnection
 from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
 from migrate.dataplane import prefer_latency
 from migrate.destination import DestinationMigration
-from migrate.errors import DeadlineError, GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError
+from migrate.errors import GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
 from migrate.http import HttpServers
 from migrate.metrics import Totals
@@ -169,7 +169,7 @@ class Daemon:
                 await self._greet_control(sock, preamble, peer)
             else:
                 await self._greet_data(sock, preamble)
-        except (ProtocolError, DeadlineError, OSError) as error:
+        except (ProtocolError, PostcopyError, OSError) as error:
             log.warning("connection refused", peer=peer, reason=str(error))
             sock.close()
         finally:

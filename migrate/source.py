@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from migrate import __version__
 from migrate.clock import PINGS, SAME_CLOCK, clock_id
-from migrate.control import ControlConnection, said_no
+from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.errors import (
     AbortedError,
@@ -28,7 +28,6 @@ from migrate.network import Address, connect, greet
 from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
 from proto.messages import (
-    Aborted,
     Accept,
     Cancel,
     Complete,
@@ -86,7 +85,6 @@ class SourceMigration(Migration):
         self._paused = False
         self._cancel_reason: str | None = None
         self._faults_there = 0
-        self._pages_there = 0
 
     # --- the way of a migration -------------------------------------------------------------------------------------
 
@@ -155,9 +153,7 @@ class SourceMigration(Migration):
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
             self._plane.open()
-            answer = await self._control.receive(Running, Aborted, deadline_seconds=ANSWER_DEADLINE_SECONDS)
-        if isinstance(answer, Aborted):
-            raise said_no(answer)
+            await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
         self.advance(Event.RUNNING)
 
     async def _pause_guest(self) -> Paused:
@@ -181,10 +177,9 @@ class SourceMigration(Migration):
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             if isinstance(message, Complete):
                 break
-            self._faults_there, self._pages_there = message.faults, message.pages_present
+            self._faults_there = message.faults
         self.faults = dict(message.faults)
         self._faults_there = sum(summary.count for summary in message.faults.values())
-        self._pages_there = self.pages_total
         self.advance(Event.COMPLETE)
         self._control.send(Released())
         self._stop_loops()  # before the memory files are closed

@@ -14,7 +14,8 @@
 
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path)
 {
-    size_t wanted_bytes = 2 * ((size_t)destination->memory.page_bytes_max + FRAME_HEADER_BYTES); /* a whole page and the start of the next */
+    /* a whole page and the start of the next */
+    size_t wanted_bytes = 2 * ((size_t)destination->memory.page_bytes_max + FRAME_HEADER_BYTES);
     size_t least_bytes = path == PATH_BULK ? INBOX_BYTES_MIN : INBOX_URGENT_BYTES_MIN;
     *inbox = (struct inbox){.channel = {.socket = socket}, .path = path};
     inbox->capacity_bytes = wanted_bytes > least_bytes ? wanted_bytes : least_bytes;
