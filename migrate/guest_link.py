@@ -11,10 +11,9 @@ from typing import TypeVar, cast
 
 import structlog
 
-from migrate import __version__
+from migrate import __version__, uffd
 from migrate.dataplane import MemoryRegion
 from migrate.errors import DeadlineError, GuestBusyError, GuestGoneError, GuestRefusedError, PostcopyError
-from migrate.guest import uffd
 from migrate.region import check_regions, shape_of
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError

@@ -62,7 +62,7 @@ def _try(*command: str, text: str = "") -> str:
 
 
 def _userfaultfd() -> Feature:
-    from migrate.guest.uffd import open_userfaultfd
+    from migrate.uffd import open_userfaultfd
 
     try:
         os.close(open_userfaultfd())

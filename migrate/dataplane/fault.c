@@ -12,7 +12,7 @@
 #include <unistd.h>
 
 #include "inbox.h"
-#include "kernel.h"
+#include "../uffd/kernel.h"
 #include "result.h"
 #include "schedule.h"
 

@@ -11,7 +11,7 @@
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
-#include "kernel.h"
+#include "../uffd/kernel.h"
 
 int memory_init(struct memory *memory, const struct memory_region *regions, uint32_t region_count)
 {

@@ -10,7 +10,7 @@
 #include <sched.h>
 #include <sys/ioctl.h>
 
-#include "kernel.h"
+#include "../uffd/kernel.h"
 
 #define RETRIES_MAX 10000 /* of an EAGAIN without progress: milliseconds; a guest must not hold its daemon's thread for ever */
 

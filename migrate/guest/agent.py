@@ -18,8 +18,8 @@ from typing import Literal, Protocol
 import structlog
 
 from migrate.errors import PauseFailedError, PeerRefusedError, PostcopyError
-from migrate.guest import uffd
 from migrate.guest.memory import GuestMemory
+from migrate.guest.schedule import prefer_latency
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -135,7 +135,7 @@ class Agent:
         poll.register(daemon_fd, select.POLLIN)
         if self.machine.event_fd() >= 0:
             poll.register(self.machine.event_fd(), select.POLLIN)
-        with self._socket, uffd.prefer_latency():
+        with self._socket, prefer_latency():
             self._serve(self._unserved)
             while self.role is not GuestRole.DEPARTED:
                 for ready_fd, _ in poll.poll():

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from migrate import uffd
 from migrate.errors import HostLacksError, PostcopyError, errno_text
-from migrate.guest import uffd
-from migrate.guest._uffd import ffi, lib
+from migrate.guest._guest import ffi, lib
 from proto.messages import GuestRegion
 
 PAGE_BYTES_OF_KIND: dict[str, Literal[4096, 2097152]] = {"memfd": 4096, "tmpfs": 4096, "hugetlb": 2097152}

@@ -16,8 +16,9 @@ from packaging.utils import canonicalize_name
 DEADLINE_SECONDS = 100.0
 EXTENSIONS = {
     "migrate/dataplane/_dataplane.abi3.so",
-    "migrate/guest/_uffd.abi3.so",
+    "migrate/guest/_guest.abi3.so",
     "migrate/guests/workload/_workload.abi3.so",
+    "migrate/uffd/_uffd.abi3.so",
 }
 DATA = {"migrate/py.typed", "migrate/bench/postcopy-floor", "proto/PROTOCOL.md", "proto/frame.h"}
 

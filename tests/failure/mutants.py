@@ -12,8 +12,19 @@ from pathlib import Path
 import migrate
 import proto
 
-COMPILER = ("cc", "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-w", "-pthread", "-Iproto", "-Imigrate/dataplane", "-Imigrate/guest")
-C_FOLDERS = ("migrate/dataplane", "migrate/guest", "proto", "tests/path", "tests/failure")
+COMPILER = (
+    "cc",
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-O1",
+    "-w",
+    "-pthread",
+    "-Iproto",
+    "-Imigrate/dataplane",
+    "-Imigrate/guest",
+    "-Imigrate/uffd",
+)
+C_FOLDERS = ("migrate/dataplane", "migrate/guest", "migrate/uffd", "proto", "tests/path", "tests/failure")
 
 
 @dataclass(frozen=True)
@@ -40,7 +51,7 @@ def build_c(repository: Path, directory: Path, *mutations: Mutation) -> Path:
             shutil.copy(source, directory / folder)
     for mutation in mutations:
         mutation.apply(directory)
-    core = [str(path.relative_to(directory)) for folder in C_FOLDERS[:2] for path in (directory / folder).glob("*.c")]
+    core = [str(path.relative_to(directory)) for folder in C_FOLDERS[:3] for path in (directory / folder).glob("*.c")]
     command = [*COMPILER, "-o", "guards", "tests/failure/guards_main.c", *core]
     subprocess.run(command, cwd=directory, check=True, timeout=60)
     return directory / "guards"

@@ -9,9 +9,11 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from migrate.guest import uffd
-from migrate.guest._uffd import ffi, lib
+from migrate import uffd
+from migrate.guest._guest import ffi as guest_ffi
+from migrate.guest._guest import lib as guest_lib
 from migrate.pair import Pair
+from migrate.uffd._uffd import ffi, lib
 from proto.messages import GuestPrepared, Pause, Running, Welcome, encode
 
 from ..path.commuter import Commuter, until
@@ -42,9 +44,9 @@ def plain_userfaultfd(features: int | None) -> int:
 
 
 def anonymous_memory(guest: FakeGuest) -> Lie:
-    address = lib.mapping_reserve(1 << 20)  # private and anonymous: minor faults do not exist there
+    address = guest_lib.mapping_reserve(1 << 20)  # private and anonymous: minor faults do not exist there
     other = plain_userfaultfd(uffd.FEATURES_SHMEM)
-    hello = guest.hello(regions=[guest.region(guest_address=int(ffi.cast("uintptr_t", address)))])
+    hello = guest.hello(regions=[guest.region(guest_address=int(guest_ffi.cast("uintptr_t", address)))])
     return Lie(encode(hello), [guest.memory.files[0], other])
 
 

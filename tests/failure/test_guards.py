@@ -174,7 +174,7 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
     "P3 missing faults are registered with minor ones": (
         busy_guest_moves,
         Mutation(
-            "migrate/guest/uffd.py",
+            "migrate/uffd/__init__.py",
             "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MISSING | lib.UFFDIO_REGISTER_MODE_MINOR\n",
             "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MINOR\n",
         ),

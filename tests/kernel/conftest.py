@@ -16,7 +16,7 @@ COMPILER = ("cc", "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-Wall", "-Wextra", "-Wp
 def facts_program(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = tmp_path_factory.mktemp("facts") / "facts"
     sources = [str(repository / "tests/kernel" / name) for name in SOURCES]
-    subprocess.run([*COMPILER, f"-I{repository}/migrate/dataplane", "-o", str(program), *sources], check=True, timeout=60)
+    subprocess.run([*COMPILER, f"-I{repository}/migrate/uffd", "-o", str(program), *sources], check=True, timeout=60)
     return program
 
 

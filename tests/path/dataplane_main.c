@@ -13,9 +13,10 @@
 #include "channel.h"
 #include "dataplane.h"
 #include "frame.h"
+#include "kernel.h"
+#include "mapping.h"
 #include "pages.h"
 #include "uffd.h"
-#include "../../migrate/dataplane/kernel.h"
 
 #define CHECK(condition)                                                                    \
     do {                                                                                    \

@@ -4,14 +4,12 @@ Sources: Documentation/admin-guide/mm/userfaultfd.rst and fs/userfaultfd.c of Li
 MINOR alone a touch of a hole reads zeroes without any event (tests/kernel/test_registering.py).
 """
 
-import contextlib
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from migrate.errors import HostLacksError, PostcopyError, errno_text
-from migrate.guest._uffd import ffi, lib
+from migrate.uffd._uffd import ffi, lib
 
 MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MISSING | lib.UFFDIO_REGISTER_MODE_MINOR
 FEATURES_SHMEM: int = lib.UFFD_FEATURE_MISSING_SHMEM | lib.UFFD_FEATURE_MINOR_SHMEM
@@ -58,19 +56,6 @@ def open_userfaultfd(*, hugetlb: bool = False, user_mode_only: bool | None = Non
             "run Linux 5.14 or later (5.13 for hugetlbfs alone)",
         )
     return int(opened.fd)
-
-
-@contextlib.contextmanager
-def prefer_latency() -> Iterator[None]:
-    """This thread answers the daemon within a downtime: ask the scheduler for short slices (dataplane/schedule.c).
-
-    Threads made inside inherit that; those made afterwards do not.
-    """
-    lib.schedule_soon()
-    try:
-        yield
-    finally:
-        lib.schedule_normal()
 
 
 def _remedy(syscall_errno: int) -> str:
