@@ -196,8 +196,8 @@ class GuestLink:
 
     def _check_userfaultfd(self) -> None:
         """Registering again is free where the range is MISSING|MINOR already, and says no where it cannot be (P3)."""
-        features = uffd.features_of(self.userfaultfd)
-        if unexpected := features & ~uffd.FEATURES_ALLOWED:
+        userfaultfd = uffd.Userfaultfd.borrow(self.userfaultfd)
+        if unexpected := userfaultfd.features.without(uffd.FEATURES_ALLOWED):
             raise GuestRefusedError(
                 "userfaultfd features",
                 expected="missing and minor faults, no events",
@@ -207,7 +207,7 @@ class GuestLink:
         try:
             os.set_blocking(self.userfaultfd, False)
             for region in self.regions:
-                uffd.register(self.userfaultfd, region.guest_address, region.size_bytes)
+                uffd.register_for_postcopy(userfaultfd, region.guest_address, region.size_bytes)
         except uffd.UserfaultfdError as error:
             raise GuestRefusedError(error.what, expected=error.expected, got=error.got, code="userfaultfd-refused") from error
 

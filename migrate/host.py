@@ -62,10 +62,10 @@ def _try(*command: str, text: str = "") -> str:
 
 
 def _userfaultfd() -> Feature:
-    from migrate.uffd import open_userfaultfd
+    from migrate.uffd import open_for_postcopy
 
     try:
-        os.close(open_userfaultfd())
+        open_for_postcopy().close()
     except HostLacksError as error:
         return Feature("uffd", False, error.why, error.remedy)
     return Feature("uffd", True, "a userfaultfd with minor faults can be opened")

@@ -98,14 +98,14 @@ class GuestMemory:
 
     def register(self) -> int:
         """A new userfaultfd, registered MISSING|MINOR over every region; its owner closes it last (P3)."""
-        userfaultfd = uffd.open_userfaultfd(hugetlb=any(spec.kind == "hugetlb" for spec in self.specs))
+        userfaultfd = uffd.open_for_postcopy(hugetlb=any(spec.kind == "hugetlb" for spec in self.specs))
         try:
             for region in self.regions:
-                uffd.register(userfaultfd, region.guest_address, region.size_bytes)
+                uffd.register_for_postcopy(userfaultfd, region.guest_address, region.size_bytes)
         except BaseException:
-            os.close(userfaultfd)
+            userfaultfd.close()
             raise
-        return userfaultfd
+        return userfaultfd.detach()
 
     def close(self) -> None:
         lib.mapping_release(self._address, self.size_bytes)

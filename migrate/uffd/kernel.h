@@ -16,6 +16,12 @@
 #define UFFD_USER_MODE_ONLY 1
 #endif
 
+#ifndef UFFD_FEATURE_EXACT_ADDRESS /* 5.18 */
+#define UFFD_FEATURE_EXACT_ADDRESS (1 << 11)
+#endif
+#ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM /* 5.19 */
+#define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
+#endif
 #ifndef UFFD_FEATURE_WP_UNPOPULATED /* 6.4 */
 #define UFFD_FEATURE_WP_UNPOPULATED (1 << 13)
 #endif
@@ -70,6 +76,10 @@ struct pm_scan_arg {
     __u64 return_mask;
 };
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+#endif
+
+#ifndef PAGE_IS_GUARD /* 6.15 */
+#define PAGE_IS_GUARD (1 << 8)
 #endif
 
 #ifndef UFFD_FEATURE_MOVE /* 6.8 */

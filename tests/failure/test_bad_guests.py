@@ -9,10 +9,10 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from migrate import uffd
 from migrate.guest._guest import ffi as guest_ffi
 from migrate.guest._guest import lib as guest_lib
 from migrate.pair import Pair
+from migrate.uffd import Feature, Userfaultfd
 from migrate.uffd._uffd import ffi, lib
 from proto.messages import GuestPrepared, Pause, Running, Welcome, encode
 
@@ -21,8 +21,7 @@ from .fakes import FakeGuest, PeerEndedError, framed, oversized
 
 pytestmark = [pytest.mark.requires("uffd"), pytest.mark.usefixtures("unharmed")]
 HUGE_BYTES = 2 << 20
-EVENT_FORK = 1 << 1  # UFFD_FEATURE_..., linux/userfaultfd.h; the product has no use for either
-EVENT_REMOVE = 1 << 3
+SHMEM = Feature.MISSING_SHMEM | Feature.MINOR_SHMEM
 
 
 @dataclass
@@ -33,29 +32,27 @@ class Lie:
     descriptors: Sequence[int]
 
 
-def plain_userfaultfd(features: int | None) -> int:
-    """As a guest opens it that does not know what this is about; None: UFFDIO_API is left out."""
-    opened = ffi.new("struct uffd_opened *")
-    lib.uffd_open(1, opened)
-    assert opened.fd >= 0
-    if features is not None:
-        assert lib.uffd_api(opened.fd, ffi.new("uint64_t *", features)) == 0
-    return int(opened.fd)
+def plain_userfaultfd(features: Feature) -> int:
+    """As a guest opens it that does not know what this is about."""
+    return Userfaultfd.open(features, user_mode_only=True).detach()
 
 
 def anonymous_memory(guest: FakeGuest) -> Lie:
     address = guest_lib.mapping_reserve(1 << 20)  # private and anonymous: minor faults do not exist there
-    other = plain_userfaultfd(uffd.FEATURES_SHMEM)
+    other = plain_userfaultfd(SHMEM)
     hello = guest.hello(regions=[guest.region(guest_address=int(guest_ffi.cast("uintptr_t", address)))])
     return Lie(encode(hello), [guest.memory.files[0], other])
 
 
 def without_api(guest: FakeGuest) -> Lie:
-    return Lie(encode(guest.hello()), [guest.memory.files[0], plain_userfaultfd(None)])
+    opened = ffi.new("struct uffd_opened *")
+    lib.uffd_open(1, opened)
+    assert opened.fd >= 0
+    return Lie(encode(guest.hello()), [guest.memory.files[0], opened.fd])
 
 
-def with_events(guest: FakeGuest, events: int) -> Lie:
-    other = plain_userfaultfd(uffd.FEATURES_SHMEM | events)
+def with_events(guest: FakeGuest, events: Feature) -> Lie:
+    other = plain_userfaultfd(SHMEM | events)
     return Lie(encode(guest.hello()), [guest.memory.files[0], other])
 
 
@@ -99,9 +96,9 @@ LIES: dict[str, tuple[Callable[[FakeGuest], Lie], str, tuple[str, ...]]] = {
     "anonymous memory": (anonymous_memory, "userfaultfd-refused", ("MISSING|MINOR", "shmem or hugetlbfs", "EINVAL")),
     "no UFFDIO_API": (without_api, "userfaultfd-refused", ("MISSING|MINOR", "minor faults", "EINVAL")),
     "events": (
-        lambda g: with_events(g, EVENT_REMOVE),
+        lambda g: with_events(g, Feature.EVENT_REMOVE),
         "userfaultfd-refused",
-        ("userfaultfd features", "no events", f"got {EVENT_REMOVE:#x}"),
+        ("userfaultfd features", "no events", f"got {Feature.EVENT_REMOVE:#x}"),
     ),
     "a userfaultfd by its path alone": (
         lambda g: Lie(encode(g.hello()), [g.memory.files[0], reopened(g.userfaultfd, os.O_PATH)]),
@@ -228,8 +225,8 @@ def test_small_pages_of_hugetlbfs(pair: Pair, guest: FakeGuest) -> None:
 @pytest.mark.requires("root")
 def test_events_of_forks(pair: Pair, guest: FakeGuest) -> None:
     """Only CAP_SYS_PTRACE may ask for these: whoever reads them gets a descriptor in the child's place."""
-    words = ("userfaultfd features", "no events", f"got {EVENT_FORK:#x}")
-    check_refused(pair, guest, with_events(guest, EVENT_FORK), "userfaultfd-refused", words)
+    words = ("userfaultfd features", "no events", f"got {Feature.EVENT_FORK:#x}")
+    check_refused(pair, guest, with_events(guest, Feature.EVENT_FORK), "userfaultfd-refused", words)
 
 
 def test_name_that_is_taken(pair: Pair, commuter: Commuter) -> None:

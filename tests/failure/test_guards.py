@@ -174,9 +174,9 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
     "P3 missing faults are registered with minor ones": (
         busy_guest_moves,
         Mutation(
-            "migrate/uffd/__init__.py",
-            "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MISSING | lib.UFFDIO_REGISTER_MODE_MINOR\n",
-            "MODES_POSTCOPY: int = lib.UFFDIO_REGISTER_MODE_MINOR\n",
+            "migrate/uffd/postcopy.py",
+            "MODES_POSTCOPY = Mode.MISSING | Mode.MINOR\n",
+            "MODES_POSTCOPY = Mode.MINOR\n",
         ),
         "page",  # zeroed, or what the guest made of the zeroes that it read
     ),
