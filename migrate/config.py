@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from migrate.errors import HostLacksError
+from migrate.host.sentences import runtime_directory_refused
 
 
 class Settings(BaseSettings):
@@ -33,7 +34,7 @@ def default_runtime_dir(role: str) -> Path:
 
 
 def make_private(directory: Path) -> None:
-    """A 0700 directory of ours. Raises HostLacksError when it is somebody else's."""
+    """A 0700 directory of ours. Raises HostLacksError when it is somebody else's or cannot be made."""
     base = runtime_base()
     if directory.parent == base:  # ours alone too: who owns the parent can put another directory in its place
         _make_own(base)
@@ -41,9 +42,12 @@ def make_private(directory: Path) -> None:
 
 
 def _make_own(directory: Path) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = directory.lstat()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.lstat()
+    except OSError as error:
+        refused = runtime_directory_refused(directory, error_number=error.errno or 0)
+        raise HostLacksError("runtime directory", *refused) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-        why = f"{directory} is a link or belongs to uid {status.st_uid}"
-        raise HostLacksError("runtime directory", why, "choose another with --runtime-dir")
+        raise HostLacksError("runtime directory", *runtime_directory_refused(directory, uid=status.st_uid))
     directory.chmod(0o700)

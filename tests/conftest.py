@@ -1,4 +1,4 @@
-"""What a test may ask of the machine: ``@pytest.mark.requires("uffd", "hugetlb")``. Names and probes: migrate/host.py.
+"""What a test may ask of the machine: ``@pytest.mark.requires("uffd", "hugetlb")``. Names and probes: migrate/host/.
 
 What the machine truly lacks is deselected, and the summary says why and what to change. A feature named in
 POSTCOPY_REQUIRE (comma-separated; ``make test`` names all that the machine has) is never deselected: its tests run, and

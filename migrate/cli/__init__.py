@@ -79,10 +79,11 @@ def main() -> None:
 
 
 def _register() -> None:
-    from migrate.cli import daemons, guests, migrations, trials
+    from migrate.cli import daemons, doctor, guests, migrations, trials
 
     commands: tuple[Callable[[typer.Typer, typer.Typer], None], ...] = (
         daemons.register,
+        doctor.register,
         guests.register,
         migrations.register,
         trials.register,

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from migrate import uffd
-from migrate.errors import HostLacksError, PostcopyError, errno_text
+from migrate.errors import HostLacksError, PostcopyError
 from migrate.guest._guest import ffi, lib
+from migrate.host import hugepages, sentences
 from proto.messages import GuestRegion
 
 PAGE_BYTES_OF_KIND: dict[str, Literal[4096, 2097152]] = {"memfd": 4096, "tmpfs": 4096, "hugetlb": 2097152}
@@ -53,6 +54,15 @@ def _memory_file(spec: MemorySpec) -> int:
     return descriptor
 
 
+def _refused(spec: MemorySpec, error_number: int) -> tuple[str, str, str]:
+    """What is lacking, why, and the remedy, when a memory file could not be mapped."""
+    pool = hugepages.pool(hugepages.HUGEPAGE_BYTES) if spec.kind == "hugetlb" else None
+    if error_number == errno.ENOMEM and pool is not None:
+        pages = spec.size_bytes // pool.page_bytes
+        return "hugetlbfs memory", *sentences.hugepages_missing(pages, pool)
+    return "guest memory", *sentences.address_space_refused(spec.size_bytes, error_number)
+
+
 class GuestMemory:
     """Memory files and their mapping. Raises HostLacksError when hugetlbfs has too few free pages."""
 
@@ -63,7 +73,7 @@ class GuestMemory:
         self.regions: list[GuestRegion] = []
         self._address = lib.mapping_reserve(self.size_bytes)
         if self._address == ffi.NULL:
-            raise HostLacksError("guest memory", errno_text(ffi.errno), "ask for less memory or raise ulimit -v")
+            raise HostLacksError("guest memory", *sentences.address_space_refused(self.size_bytes, ffi.errno))
         try:
             self._place_all()
         except BaseException:
@@ -78,13 +88,8 @@ class GuestMemory:
                 raise PostcopyError("order of memory regions", expected="hugetlb regions first", got=str(self.specs))
             self.files.append(_memory_file(spec))
             error_number = lib.mapping_place(ffi.cast("void *", address), spec.size_bytes, self.files[-1], 0)
-            if error_number == errno.ENOMEM and spec.kind == "hugetlb":
-                pages = spec.size_bytes // page_bytes
-                raise HostLacksError(
-                    "hugetlbfs memory", f"fewer than {pages} free 2 MiB pages", f"set vm.nr_hugepages to {pages} or more"
-                )
             if error_number:
-                raise HostLacksError("guest memory", errno_text(error_number), "ask for less memory")
+                raise HostLacksError(*_refused(spec, error_number))
             self.regions.append(
                 GuestRegion(
                     guest_address=address, size_bytes=spec.size_bytes, offset_bytes=0, page_bytes=page_bytes, memory_file=index

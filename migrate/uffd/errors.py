@@ -3,6 +3,7 @@
 import errno
 
 from migrate.errors import HostLacksError, PostcopyError, errno_text
+from migrate.host.sentences import userfaultfd_refused
 from migrate.uffd.constants import RELEASES, Feature
 
 
@@ -32,7 +33,8 @@ class UserfaultfdUnavailableError(HostLacksError):
     def __init__(self, device_error_number: int, syscall_error_number: int, *, user_mode_only: bool) -> None:
         self.device_error_number, self.syscall_error_number = device_error_number, syscall_error_number
         self.user_mode_only = user_mode_only
-        super().__init__("userfaultfd", *refused(device_error_number, syscall_error_number, user_mode_only=user_mode_only))
+        refused = userfaultfd_refused(device_error_number, syscall_error_number, user_mode_only=user_mode_only)
+        super().__init__("userfaultfd", *refused)
 
 
 class FeaturesMissingError(HostLacksError):
@@ -49,19 +51,3 @@ class FeaturesMissingError(HostLacksError):
         else:
             remedy = "ask for features that have a name in migrate.uffd.Feature"
         super().__init__(f"userfaultfd with {names}", f"UFFDIO_API: {errno_text(error_number)}", remedy)
-
-
-def refused(device_error_number: int, syscall_error_number: int, *, user_mode_only: bool) -> tuple[str, str]:
-    """Why neither way gave a userfaultfd, and the one thing to change.
-
-    Source: "Creating a userfaultfd" in Documentation/admin-guide/mm/userfaultfd.rst.
-    """
-    why = f"/dev/userfaultfd: {errno_text(device_error_number)}; userfaultfd(2): {errno_text(syscall_error_number)}"
-    if syscall_error_number == errno.ENOSYS:
-        return why, "use a kernel with CONFIG_USERFAULTFD, or allow the userfaultfd system call in the seccomp profile"
-    if user_mode_only:
-        return why, "look for a seccomp or SELinux denial: faults of user code alone need no privilege"
-    return why, (
-        "give this user access to /dev/userfaultfd, or set vm.unprivileged_userfaultfd=1, or grant CAP_SYS_PTRACE; "
-        "if one of them is in place, look for a seccomp or SELinux denial"
-    )

@@ -60,4 +60,4 @@ def test_what_is_required_runs_and_fails(suite: Path) -> None:
 def test_a_feature_that_nobody_knows_is_an_error(suite: Path) -> None:
     status, said = run_pytest(suite, "netns,clairvoyance")
     assert status == pytest.ExitCode.USAGE_ERROR
-    assert "no such feature: clairvoyance; there are uffd, hugetlb," in said
+    assert "no such feature: clairvoyance; there are uffd, uffd-kernel," in said

@@ -1,27 +1,25 @@
-"""What this machine can do, in sentences: each feature with why it is or is not there, and the one thing to change.
+"""What the tests and their tools need beyond the product: namespaces, root, sanitizers, enough huge pages."""
 
-``python -m migrate.host`` prints all of them; ``--available`` the names of those present, joined by commas.
-Probes use what they probe (no version is believed), change nothing that outlives them, and take well under a second.
-"""
-
-import functools
 import os
 import shlex
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from migrate.errors import HostLacksError
+from migrate.host import cgroup, sentences
+from migrate.host.feature import Feature
+from migrate.host.guests import huge_pages
+from migrate.host.hugepages import HUGEPAGE_BYTES, HUGEPAGES_WANTED, pool
+from migrate.host.rights import unprivileged_userfaultfd
 
 PROBE_DEADLINE_SECONDS = 20.0
-HUGEPAGE_BYTES = 2 << 20
-HUGEPAGES_WANTED = 160  # a guest of 128 MiB at both ends of a move, and some to spare
-NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
-POOL_2M = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 ADMINISTRATOR_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+CGROUP_LIMITS = {
+    "memory": ("memory.max", "memory.limit_in_bytes"),
+    "cpu": ("cpu.max", "cpu.cfs_quota_us"),
+    "pids": ("pids.max",),
+}
+"""Controller to its file of versions 2 and 1."""
 _NETNS_SCRIPT = """
 mount -t tmpfs none /run
 ip netns add probe
@@ -33,19 +31,6 @@ _SANITIZED_PROGRAM = """
 static void *run(void *argument) { return argument; }
 int main(void) { pthread_t thread; return pthread_create(&thread, 0, run, 0) || pthread_join(thread, 0); }
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Feature:
-    """``reason``: how it is there, or why not; ``remedy``: the one thing to change, empty where nothing has to be."""
-
-    name: str
-    available: bool
-    reason: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.name}: yes, {self.reason}" if self.available else f"{self.name}: no, {self.reason}; {self.remedy}"
 
 
 def _try(*command: str, text: str = "") -> str:
@@ -61,34 +46,46 @@ def _try(*command: str, text: str = "") -> str:
     return "" if done.returncode == 0 else (said[-1] if said else f"{command[0]} ended with status {done.returncode}")
 
 
-def _userfaultfd() -> Feature:
-    from migrate.uffd import open_for_postcopy
-
-    try:
-        open_for_postcopy().close()
-    except HostLacksError as error:
-        return Feature("uffd", False, error.why, error.remedy)
-    return Feature("uffd", True, "a userfaultfd with minor faults can be opened")
-
-
-def _hugetlb() -> Feature:
-    name, remedy = "hugetlb", f"set vm.nr_hugepages to {HUGEPAGES_WANTED}"
-    try:
-        free = int((POOL_2M / "free_hugepages").read_text())
-        pool = (POOL_2M / "nr_hugepages").read_text()
-    except OSError as error:
-        return Feature(name, False, str(error), "use a kernel with CONFIG_HUGETLBFS and 2 MiB pages")
-    try:
-        (POOL_2M / "nr_hugepages").write_text(pool)  # what it is already: shows whether this user may raise it
-    except OSError as error:
-        if free < HUGEPAGES_WANTED:
-            why = f"{free} pages of 2 MiB are free, and this user may not reserve more ({error.strerror})"
-            return Feature(name, False, why, remedy)
-        return Feature(name, True, f"{free} free pages of 2 MiB")
-    return Feature(name, True, f"{free} free pages of 2 MiB, and this user may reserve more")
+def hugetlb() -> Feature:
+    """HUGEPAGES_WANTED pages are free or may be reserved, and 2 MiB pages work."""
+    there = huge_pages()
+    pages = pool(HUGEPAGE_BYTES)
+    if not there.available or pages is None:
+        return Feature("hugetlb", False, there.reason, there.remedy)
+    if pages.may_grow:
+        return Feature("hugetlb", True, f"{pages.unreserved} free pages of 2 MiB, and this user may reserve more")
+    if pages.unreserved < HUGEPAGES_WANTED:
+        return Feature("hugetlb", False, *sentences.hugepages_missing(HUGEPAGES_WANTED, pages))
+    return Feature("hugetlb", True, f"{pages.unreserved} free pages of 2 MiB")
 
 
-def _netns() -> Feature:
+def userfaultfd_restricted() -> Feature:
+    """A userfaultfd for kernel-mode faults is a matter of rights here, which can be taken away and given."""
+    name, value = "uffd-restricted", unprivileged_userfaultfd()
+    if value != 0:
+        return Feature(name, False, f"vm.unprivileged_userfaultfd is {value}", "sysctl vm.unprivileged_userfaultfd=0")
+    return Feature(name, True, "vm.unprivileged_userfaultfd is 0")
+
+
+def limiting_cgroups() -> Feature:
+    """One child in each hierarchy that has memory, cpu or pids (one in all: version 2), made and taken away."""
+    name = "cgroup"
+    for controller, files in CGROUP_LIMITS.items():
+        place = cgroup.top(controller)
+        if place is None:
+            return Feature(name, False, f"no {controller} controller is mounted", "mount -t cgroup2 none /sys/fs/cgroup")
+        try:
+            made = Path(tempfile.mkdtemp(prefix="postcopy-probe-", dir=place))
+            limits = [file for file in files if (made / file).exists()]
+            made.rmdir()  # the files in it are the kernel's and go with it
+        except OSError as error:
+            return Feature(name, False, str(error), "be root, with cgroups mounted for writing")
+        if not limits:
+            return Feature(name, False, f"{place} limits no {controller}", f"echo +{controller} > {place}/cgroup.subtree_control")
+    return Feature(name, True, f"cgroups with limits of {', '.join(CGROUP_LIMITS)} can be made")
+
+
+def netns() -> Feature:
     # A mount namespace of its own: /run/netns/probe and the namespace end with it.
     why = _try("unshare", "--mount", "--propagation", "private", "sh", "-euc", _NETNS_SCRIPT)
     if why:
@@ -97,14 +94,14 @@ def _netns() -> Feature:
     return Feature("netns", True, "network namespaces with veth pairs can be made")
 
 
-def _timens() -> Feature:
+def timens() -> Feature:
     why = _try("unshare", "--time", "--fork", "--monotonic", "60", "true")
     if why:
         return Feature("timens", False, why, "be root with CAP_SYS_ADMIN, on a kernel with CONFIG_TIME_NS")
     return Feature("timens", True, "a process can have a monotonic clock with an offset")
 
 
-def _root() -> Feature:
+def root() -> Feature:
     remedy = "run as root, in a container with CAP_SYS_ADMIN"
     if os.geteuid() != 0:
         return Feature("root", False, f"this is uid {os.geteuid()}", remedy)
@@ -124,7 +121,7 @@ def sanitizer_prefix(executable: str | os.PathLike[str]) -> tuple[list[str], str
     return prefix, _try(*prefix, os.fspath(executable)) and why
 
 
-def _sanitizer(name: str, option: str, package: str) -> Feature:
+def sanitizer(name: str, option: str, package: str) -> Feature:
     compiler = shlex.split(os.environ.get("CC", "")) or ["cc"]
     remedy = f"install gcc or clang with its sanitizers ({package})"
     with tempfile.TemporaryDirectory(prefix="postcopy-probe-") as directory:
@@ -134,32 +131,3 @@ def _sanitizer(name: str, option: str, package: str) -> Feature:
     if why:
         return Feature(name, False, why, remedy)
     return Feature(name, True, f"{compiler[0]} builds programs with it, and they run")
-
-
-PROBES: dict[str, Callable[[], Feature]] = {
-    "uffd": _userfaultfd,
-    "hugetlb": _hugetlb,
-    "netns": _netns,
-    "timens": _timens,
-    "root": _root,
-    "asan": lambda: _sanitizer("asan", "address,undefined", "libasan, libubsan"),
-    "tsan": lambda: _sanitizer("tsan", "thread", "libtsan"),
-}
-
-
-@functools.cache
-def feature(name: str) -> Feature:
-    """Probe one feature, once a process. Raises KeyError for a name that is not in PROBES."""
-    return PROBES[name]()
-
-
-def main(arguments: list[str]) -> None:
-    found = [feature(name) for name in PROBES]
-    if arguments == ["--available"]:
-        print(",".join(one.name for one in found if one.available))
-    else:
-        print(*found, sep="\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

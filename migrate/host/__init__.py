@@ -1,0 +1,44 @@
+"""What this machine can do, in sentences: each feature with why it is or is not there, and the one thing to change.
+
+``postcopy doctor`` tells those of the product (``product.py``), ``python -m migrate.host`` these and what the tests need.
+Probes use what they probe (no version is believed), change nothing that outlives them, need no privilege, and take well
+under a second together; only the compiler's take longer.
+"""
+
+import functools
+from collections.abc import Callable
+
+from migrate.host import suite
+from migrate.host.feature import Feature
+from migrate.host.hugepages import HUGEPAGE_BYTES, HUGEPAGES_WANTED, NR_HUGEPAGES, POOL_2M
+from migrate.host.product import ROWS
+from migrate.host.suite import sanitizer_prefix
+
+__all__ = [
+    "HUGEPAGES_WANTED",
+    "HUGEPAGE_BYTES",
+    "NR_HUGEPAGES",
+    "POOL_2M",
+    "PROBES",
+    "Feature",
+    "feature",
+    "sanitizer_prefix",
+]
+
+PROBES: dict[str, Callable[[], Feature]] = {
+    **{row.name: row.probe for row in ROWS},
+    "hugetlb": suite.hugetlb,
+    "uffd-restricted": suite.userfaultfd_restricted,
+    "cgroup": suite.limiting_cgroups,
+    "netns": suite.netns,
+    "timens": suite.timens,
+    "root": suite.root,
+    "asan": lambda: suite.sanitizer("asan", "address,undefined", "libasan, libubsan"),
+    "tsan": lambda: suite.sanitizer("tsan", "thread", "libtsan"),
+}
+
+
+@functools.cache
+def feature(name: str) -> Feature:
+    """Probe one feature, once a process. Raises KeyError for a name that is not in PROBES."""
+    return PROBES[name]()
