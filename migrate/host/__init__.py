@@ -8,7 +8,7 @@ under a second together; only the compiler's take longer.
 import functools
 from collections.abc import Callable
 
-from migrate.host import suite
+from migrate.host import suite, suite_kernel
 from migrate.host.feature import Feature
 from migrate.host.hugepages import HUGEPAGE_BYTES, HUGEPAGES_WANTED, NR_HUGEPAGES, POOL_2M
 from migrate.host.product import ROWS
@@ -35,6 +35,14 @@ PROBES: dict[str, Callable[[], Feature]] = {
     "root": suite.root,
     "asan": lambda: suite.sanitizer("asan", "address,undefined", "libasan, libubsan"),
     "tsan": lambda: suite.sanitizer("tsan", "thread", "libtsan"),
+    "uffd-full": suite_kernel.full_userfaultfd,
+    "uffd-wp": lambda: suite_kernel.userfaultfd_with("uffd-wp", "PAGEFAULT_FLAG_WP", "WP_HUGETLBFS_SHMEM", "WP_UNPOPULATED"),
+    "uffd-poison": lambda: suite_kernel.userfaultfd_with("uffd-poison", "POISON"),
+    "uffd-move": lambda: suite_kernel.userfaultfd_with("uffd-move", "MOVE"),
+    "wp-async": lambda: suite_kernel.userfaultfd_with("wp-async", "WP_ASYNC", "WP_HUGETLBFS_SHMEM", "WP_UNPOPULATED"),
+    "pagemap-scan": suite_kernel.pagemap_scan,
+    "thp": suite_kernel.transparent_huge_pages,
+    "io-uring": suite_kernel.io_uring,
 }
 
 

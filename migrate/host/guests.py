@@ -30,6 +30,8 @@ def _opens(name: str, *, user_mode_only: bool) -> Feature | None:
     from migrate.uffd import Userfaultfd
     from migrate.uffd.postcopy import FEATURES_SHMEM
 
+    if attempt("minor-user" if user_mode_only else "minor-kernel").forbidden:
+        return Feature(name, False, *sentences.userfaultfd_kills())
     try:
         Userfaultfd.open(FEATURES_SHMEM, user_mode_only=user_mode_only).close()
     except HostLacksError as error:
@@ -63,11 +65,12 @@ def huge_pages() -> Feature:
     pool = hugepages.pool(HUGEPAGE_BYTES)
     if pool is None or pool.unreserved == 0:
         return feature
+    lacking = _opens(feature.name, user_mode_only=True)
+    if lacking is not None:
+        return lacking
     outcome = attempt("minor-hugetlb")
     if outcome.works or outcome == Outcome("mmap", errno.ENOMEM):  # another took the last free page meanwhile
         return feature
-    if outcome.step == "userfaultfd":  # `uffd` says why; the pages are there
-        return Feature(feature.name, False, str(outcome), "see uffd")
     return Feature(feature.name, False, str(outcome), sentences.NEWER_KERNEL)
 
 
@@ -121,12 +124,16 @@ def qemu() -> Feature:
 
 def dirty_tracking() -> Feature:
     works = "WP_ASYNC and PAGEMAP_SCAN named the one page that was written"
-    return _tried("dirty-tracking", attempt("dirty"), works, "run Linux 6.7 or later", "CONFIG_PTE_MARKER_UFFD_WP")
+    lacking = _opens("dirty-tracking", user_mode_only=True)
+    return lacking or _tried("dirty-tracking", attempt("dirty"), works, "run Linux 6.7 or later", "CONFIG_PTE_MARKER_UFFD_WP")
 
 
 def poison() -> Feature:
-    return _tried("poison", attempt("poison"), "a poisoned page gave SIGBUS", "run Linux 6.6 or later")
+    lacking = _opens("poison", user_mode_only=True)
+    return lacking or _tried("poison", attempt("poison"), "a poisoned page gave SIGBUS", "run Linux 6.6 or later")
 
 
 def move() -> Feature:
-    return _tried("move", attempt("move"), "UFFDIO_MOVE moved a private anonymous page", "run Linux 6.8 or later")
+    lacking = _opens("move", user_mode_only=True)
+    works = "UFFDIO_MOVE moved a private anonymous page"
+    return lacking or _tried("move", attempt("move"), works, "run Linux 6.8 or later")

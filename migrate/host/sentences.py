@@ -54,6 +54,11 @@ def userfaultfd_refused(
     return "; ".join(parts), _userfaultfd_remedy(device_error_number, syscall_error_number, user_mode_only, node, rights)
 
 
+def userfaultfd_kills() -> tuple[str, str]:
+    """Asking for one is the end of the process."""
+    return "userfaultfd(2): killed by SIGSYS, a seccomp filter kills processes that ask for one", _SECCOMP_REMEDY
+
+
 def _kernel_has_userfaultfd(node: Node, rights: Rights) -> bool:
     return node.minor >= 0 or rights.unprivileged_userfaultfd is not None or kernel_option("CONFIG_USERFAULTFD") == "y"
 

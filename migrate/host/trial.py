@@ -1,6 +1,7 @@
 """Kernel features used for real, each by ``postcopy-trial`` (trial.c) in a process of its own, ended and reaped at a deadline."""
 
 import functools
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,11 @@ class Outcome:
     def works(self) -> bool:
         return not self.step
 
+    @property
+    def forbidden(self) -> bool:
+        """A seccomp filter killed the process for a system call: whoever makes it here dies of it."""
+        return self.step == f"killed by {signal.SIGSYS.name}"
+
     def __str__(self) -> str:
         if not self.step:
             return "works"
@@ -46,4 +52,6 @@ def attempt(name: str) -> Outcome:
     step, _, number = done.stdout.strip().rpartition(" ")
     if done.returncode == STATUS_DOES_NOT and step and number.isdigit():
         return Outcome(step, int(number))
-    return Outcome(f"exit status {done.returncode}")
+    return Outcome(
+        f"killed by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else f"exit status {done.returncode}"
+    )

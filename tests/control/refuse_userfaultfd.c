@@ -1,4 +1,4 @@
-/* refuse-userfaultfd ERRNO COMMAND...: runs it under a seccomp filter that answers userfaultfd(2) with that errno. */
+/* refuse-userfaultfd ERRNO COMMAND...: runs it under a seccomp filter that answers userfaultfd(2) with that errno; 0: kills. */
 #include <errno.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -14,10 +14,11 @@ int main(int count, char **arguments)
     if (count < 3)
         return 2;
     unsigned int error_number = (unsigned int)atoi(arguments[1]);
+    unsigned int answer = error_number ? SECCOMP_RET_ERRNO | (error_number & SECCOMP_RET_DATA) : SECCOMP_RET_KILL_PROCESS;
     struct sock_filter instructions[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_userfaultfd, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (error_number & SECCOMP_RET_DATA)),
+        BPF_STMT(BPF_RET | BPF_K, answer),
         BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
     };
     struct sock_fprog program = {.len = sizeof instructions / sizeof *instructions, .filter = instructions};

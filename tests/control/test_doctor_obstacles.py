@@ -147,6 +147,16 @@ def test_seccomp_is_told_from_missing_rights(refuse_userfaultfd: Path, error_num
     assert told["uffd-kernel"].remedy == told["uffd"].remedy
 
 
+def test_seccomp_that_kills_does_not_kill_the_doctor(refuse_userfaultfd: Path) -> None:
+    """The answer of systemd's SystemCallFilter= unless it is told another."""
+    [told] = doctors(NO_DEVICE, wrapped_in=(str(refuse_userfaultfd), "0"))
+    assert told.status == 5
+    for name in ("uffd", "uffd-kernel", "dirty-tracking", "poison", "move"):
+        assert told[name].verdict == "no"
+        assert told[name].reason == "userfaultfd(2): killed by SIGSYS, a seccomp filter kills processes that ask for one"
+        assert told[name].remedy.startswith("allow the system call userfaultfd in the seccomp profile")
+
+
 def test_guest_doctor_and_suite_say_the_same(refuse_userfaultfd: Path) -> None:
     """The guest's error, the doctor's row, and why a test would be deselected."""
     guest = [*COMMAND, "guest", "workload", "--memory", "1M", "--waiting"]
