@@ -31,16 +31,24 @@ SIGTERM_AGAIN_SECONDS = 0.5
 
 
 class Process:
-    """A child that is always reaped. Its standard output is read as JSON lines; its log goes to a file."""
+    """A child that is always reaped. Its standard output is read as JSON lines; its log goes to a file. No ``command``: ours."""
 
-    def __init__(self, name: str, arguments: Sequence[str], log_path: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        log_path: Path,
+        environment: dict[str, str] | None = None,
+        *,
+        command: Sequence[str] | None = None,
+    ) -> None:
         self.name = name
         self.log_path = log_path
         self._buffer = b""
         self.events: list[dict[str, Any]] = []
         with log_path.open("ab") as log_file:
             self._process = subprocess.Popen(
-                [*COMMAND, *arguments],
+                [*(COMMAND if command is None else command), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log_file,

@@ -1,4 +1,5 @@
-"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved.
+"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved. ``resolvers``, asked for by
+name, compares what the kernel offers with itself: it has neither floor nor bounds (resolvers.py).
 
 Absolutes belong to one machine at one time; the ratios travel. What is recorded of the machine is CPU model, cores,
 memory and kernel version number.
@@ -14,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from migrate.bench import resolvers
 from migrate.bench.figures import Bound, Result
 from migrate.bench.scenarios import SCENARIOS
 from migrate.errors import PostcopyError
@@ -33,20 +35,28 @@ def environment() -> dict[str, Any]:
 
 def run(names: list[str], json_path: Path | None, *, check: bool, tiny: bool) -> bool:
     """Run and print. False: ``check`` was asked for and a bound is missed. Raises PostcopyError for an unknown name."""
-    if unknown := set(names) - set(SCENARIOS):
-        raise PostcopyError("scenario", expected=", ".join(SCENARIOS), got=", ".join(sorted(unknown)), code="usage")
-    wanted = names or list(SCENARIOS)
+    known = [*SCENARIOS, resolvers.NAME]
+    if unknown := set(names) - set(known):
+        raise PostcopyError("scenario", expected=", ".join(known), got=", ".join(sorted(unknown)), code="usage")
+    wanted = [name for name in names if name in SCENARIOS] if names else list(SCENARIOS)
     results: list[Result] = []
     console = Console(highlight=False, width=None if os.isatty(1) else 120)
     for function in dict.fromkeys(SCENARIOS[name] for name in wanted):
         console.print(f"running {', '.join(name for name in SCENARIOS if SCENARIOS[name] is function)} …")
         got = function(tiny)
         results += [result for result in (got if isinstance(got, list) else [got]) if result.name in wanted]
-    console.print(table(results))
+    if results:
+        console.print(table(results))
+    measured = [result.to_dict() for result in results]
+    if resolvers.NAME in names:
+        console.print(f"running {resolvers.NAME} …")
+        comparison = resolvers.resolvers(tiny)
+        console.print(*resolvers.tables(comparison))
+        measured.append(comparison.to_dict())
     if json_path is not None:
-        report = {"environment": environment(), "scenarios": [result.to_dict() for result in results]}
+        report = {"environment": environment(), "scenarios": measured}
         json_path.write_text(json.dumps(report, indent=2) + "\n")
-    return not check or _check(results, console)
+    return not check or not results or _check(results, console)
 
 
 def in_unit(value: float, unit: str) -> str:

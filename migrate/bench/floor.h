@@ -61,6 +61,7 @@ enum { RUN_PAGES = 1, RUN_ZERO = 2, RUN_END = 3 };
 /* floor_process.c: processes and sockets. Everything here ends the process with a message on failure. */
 void floor_expect(int condition, const char *what); /* a system call: tells errno */
 void floor_check(int condition, const char *what);  /* a fact of ours */
+void floor_name(const char *name);                  /* what this process is called in messages */
 void floor_start(const char *name, void (*body)(struct floor_world *), struct floor_world *world);
 void floor_reap(void); /* waits for every process started; if one failed, ends and reaps the others and exits 1 */
 void floor_deadline(unsigned seconds);

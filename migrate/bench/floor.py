@@ -11,15 +11,18 @@ PROGRAM = Path(__file__).with_name("postcopy-floor")
 RUN_DEADLINE_SECONDS = 90
 
 
-def floor(scenario: str, **options: int) -> dict[str, Any]:
-    """One run. Raises PostcopyError with what it wrote on standard error."""
+def bare_c(program: Path, what: str, **options: int) -> dict[str, Any]:
+    """One run of a program of ours. Raises PostcopyError with what it wrote on standard error."""
     arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    done = subprocess.run(
-        [PROGRAM, scenario, *arguments], capture_output=True, text=True, timeout=RUN_DEADLINE_SECONDS, check=False
-    )
+    done = subprocess.run([program, what, *arguments], capture_output=True, text=True, timeout=RUN_DEADLINE_SECONDS, check=False)
     if done.returncode != 0:
-        raise PostcopyError(f"floor {scenario}", expected="exit status 0", got=f"{done.returncode}: {done.stderr.strip()}")
+        got = f"{done.returncode}: {done.stderr.strip()}"
+        raise PostcopyError(f"{program.name} {what}", expected="exit status 0", got=got)
     return dict(json.loads(done.stdout))
+
+
+def floor(scenario: str, **options: int) -> dict[str, Any]:
+    return bare_c(PROGRAM, scenario, **options)
 
 
 def warm(size_bytes: int) -> None:

@@ -21,6 +21,7 @@ static const char *own_name = "parent";
 static const char *process_name[PROCESSES_MAX];
 static volatile pid_t process[PROCESSES_MAX]; /* 0 once reaped */
 static volatile sig_atomic_t process_count, deadline_passed;
+static char deadline_message[128]; /* for a process that is alone */
 
 static void kill_processes(void)
 {
@@ -29,11 +30,16 @@ static void kill_processes(void)
             kill(process[i], SIGKILL);
 }
 
+void floor_name(const char *name)
+{
+    own_name = name;
+}
+
 void floor_expect(int condition, const char *what)
 {
     if (condition)
         return;
-    fprintf(stderr, "postcopy-floor: %s: %s%s%s\n", own_name, what, errno ? ": " : " is not as it should be",
+    fprintf(stderr, "%s: %s: %s%s%s\n", program_invocation_short_name, own_name, what, errno ? ": " : " is not as it should be",
             errno ? strerror(errno) : "");
     if (process_count > 0) { /* the parent: end what it started, and reap it */
         kill_processes();
@@ -83,7 +89,7 @@ void floor_reap(void)
             left--;
             if (status != 0 && !failed) {
                 failed = 1;
-                fprintf(stderr, "postcopy-floor: %s %s\n", process_name[i],
+                fprintf(stderr, "%s: %s %s\n", program_invocation_short_name, process_name[i],
                         deadline_passed ? "had not finished at the deadline" : "failed");
                 kill_processes();
             }
@@ -98,8 +104,7 @@ static void on_deadline(int signal_number)
     (void)signal_number;
     deadline_passed = 1;
     if (process_count == 0) {
-        static const char message[] = "postcopy-floor: the deadline passed before any process was started\n";
-        ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
+        ssize_t written = write(STDERR_FILENO, deadline_message, strlen(deadline_message));
         (void)written;
         _exit(1);
     }
@@ -109,6 +114,7 @@ static void on_deadline(int signal_number)
 void floor_deadline(unsigned seconds)
 {
     struct sigaction action = {.sa_handler = on_deadline};
+    snprintf(deadline_message, sizeof deadline_message, "%s: %s: the deadline passed\n", program_invocation_short_name, own_name);
     /* No SA_RESTART is needed: the handler makes the awaited processes end. */
     floor_expect(sigaction(SIGALRM, &action, NULL) == 0, "sigaction");
     alarm(seconds);

@@ -20,7 +20,8 @@ EXTENSIONS = {
     "migrate/guests/workload/_workload.abi3.so",
     "migrate/uffd/_uffd.abi3.so",
 }
-DATA = {"migrate/py.typed", "migrate/bench/postcopy-floor", "migrate/host/postcopy-trial", "proto/PROTOCOL.md", "proto/frame.h"}
+PROGRAMS = {"migrate/bench/postcopy-floor", "migrate/bench/postcopy-resolvers", "migrate/host/postcopy-trial"}
+DATA = {"migrate/py.typed", *PROGRAMS, "proto/PROTOCOL.md", "proto/frame.h"}
 
 
 def run(*command: str | Path, directory: Path) -> str:
@@ -80,7 +81,7 @@ def test_wheel_holds_the_packages_and_nothing_else(wheel: Path, repository: Path
     with zipfile.ZipFile(wheel) as archive:
         files = [name for name in archive.namelist() if ".dist-info/" not in name]
         metadata = [name.split("/", 1)[1] for name in archive.namelist() if ".dist-info/" in name]
-        assert archive.getinfo("migrate/bench/postcopy-floor").external_attr >> 16 & 0o100
+        assert all(archive.getinfo(program).external_attr >> 16 & 0o100 for program in PROGRAMS)
     modules = {
         str(path.relative_to(repository)) for package in ("migrate", "proto") for path in (repository / package).rglob("*.py")
     }

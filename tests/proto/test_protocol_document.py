@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from migrate import destination, source
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR, frame, messages, preamble
 from proto.frame import FrameKind
 
@@ -102,3 +103,10 @@ def test_every_code_that_this_package_raises_is_explained() -> None:
     raised |= {code.name.lower().replace("_", "-") for code in preamble.AnswerCode if code.value}
     explained = set(re.findall(r"`([a-z-]+)`", section("Error codes")))
     assert raised - explained == set()
+
+
+def test_how_long_a_daemon_waits_for_its_guest() -> None:
+    text = section("Guest socket")
+    assert source.ANSWER_DEADLINE_SECONDS == destination.PREPARED_DEADLINE_SECONDS
+    assert f"waits {source.ANSWER_DEADLINE_SECONDS:.0f} s for `prepared`" in text
+    assert f"{destination.RESUME_DEADLINE_SECONDS:.0f} s for `running`" in text
