@@ -4,7 +4,9 @@
 Probes use what they probe (no version is believed), change nothing that outlives them, and take well under a second.
 """
 
+import ctypes
 import functools
+import operator
 import os
 import shlex
 import subprocess
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from migrate.errors import HostLacksError
+from migrate.errors import HostLacksError, errno_text
 
 PROBE_DEADLINE_SECONDS = 20.0
 HUGEPAGE_BYTES = 2 << 20
@@ -69,6 +71,55 @@ def _userfaultfd() -> Feature:
     except HostLacksError as error:
         return Feature("uffd", False, error.why, error.remedy)
     return Feature("uffd", True, "a userfaultfd with minor faults can be opened")
+
+
+def _full_userfaultfd() -> Feature:
+    from migrate.uffd import Userfaultfd
+
+    try:
+        Userfaultfd.open(user_mode_only=False).close()
+    except HostLacksError as error:
+        return Feature("uffd-full", False, error.why, error.remedy)
+    return Feature("uffd-full", True, "a userfaultfd may take faults inside the kernel too")
+
+
+def _userfaultfd_with(name: str, *wanted: str) -> Feature:
+    from migrate import uffd
+
+    try:
+        uffd.Userfaultfd.open(functools.reduce(operator.or_, (uffd.Feature[one] for one in wanted))).close()
+    except HostLacksError as error:
+        return Feature(name, False, error.why, error.remedy)
+    return Feature(name, True, f"a userfaultfd has {', '.join(wanted)}")
+
+
+def _pagemap_scan() -> Feature:
+    from migrate.uffd import PagemapScanError, pagemap
+
+    with open("/proc/self/pagemap", "rb") as file:
+        try:
+            pagemap.scan(file.fileno(), 0, HUGEPAGE_BYTES, return_mask=pagemap.Category.PRESENT)
+        except PagemapScanError as error:
+            return Feature("pagemap-scan", False, f"PAGEMAP_SCAN: {error.got}", "run Linux 6.7 or later")
+    return Feature("pagemap-scan", True, "/proc/PID/pagemap has PAGEMAP_SCAN")
+
+
+def _transparent_huge_pages() -> Feature:
+    mode = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not mode.exists() or "[never]" in mode.read_text():
+        return Feature("thp", False, "madvise(MADV_HUGEPAGE) has no effect", f"write madvise to {mode}")
+    return Feature("thp", True, "anonymous memory can have 2 MiB pages")
+
+
+def _io_uring() -> Feature:
+    # by its number, which is alike on all architectures: the C library has no name for it
+    libc = ctypes.CDLL(None, use_errno=True)
+    ring = libc.syscall(425, 1, ctypes.create_string_buffer(120))
+    if ring < 0:
+        why = f"io_uring_setup: {errno_text(ctypes.get_errno())}"
+        return Feature("io-uring", False, why, "set kernel.io_uring_disabled to 0, or allow it in the seccomp profile")
+    os.close(ring)
+    return Feature("io-uring", True, "pages can be pinned as I/O buffers")
 
 
 def _hugetlb() -> Feature:
@@ -144,6 +195,14 @@ PROBES: dict[str, Callable[[], Feature]] = {
     "root": _root,
     "asan": lambda: _sanitizer("asan", "address,undefined", "libasan, libubsan"),
     "tsan": lambda: _sanitizer("tsan", "thread", "libtsan"),
+    "uffd-full": _full_userfaultfd,
+    "uffd-wp": lambda: _userfaultfd_with("uffd-wp", "PAGEFAULT_FLAG_WP", "WP_HUGETLBFS_SHMEM", "WP_UNPOPULATED"),
+    "uffd-poison": lambda: _userfaultfd_with("uffd-poison", "POISON"),
+    "uffd-move": lambda: _userfaultfd_with("uffd-move", "MOVE"),
+    "wp-async": lambda: _userfaultfd_with("wp-async", "WP_ASYNC", "WP_HUGETLBFS_SHMEM", "WP_UNPOPULATED"),
+    "pagemap-scan": _pagemap_scan,
+    "thp": _transparent_huge_pages,
+    "io-uring": _io_uring,
 }
 
 
