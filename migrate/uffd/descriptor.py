@@ -7,7 +7,6 @@ Sources: Documentation/admin-guide/mm/userfaultfd.rst, fs/userfaultfd.c (the fun
 """
 
 import errno
-import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from migrate.uffd.outcomes import EXPECTED, Filled, Operation, Outcome, outcome_
 NO_FEATURES = Feature(0)
 READ_MAX: int = lib.UFFD_READ_MAX
 """Events that one read_events gives at most."""
-_FEATURES_MASK = (1 << 31) - 1  # above: UFFD_FEATURE_INITIALIZED, the kernel's own mark (userfaultfd_ctx in fs/userfaultfd.c)
+_INITIALIZED = 1 << 31  # the kernel's own mark that UFFDIO_API is done (UFFD_FEATURE_INITIALIZED in fs/userfaultfd.c)
 _EXPECTED_RANGE = "page-aligned address and size_bytes > 0 within the process that opened the userfaultfd"
 
 
@@ -80,8 +79,8 @@ class Userfaultfd:
         return self._descriptor
 
     def duplicate(self) -> "Userfaultfd":
-        """The same userfaultfd by a descriptor of its own. O_NONBLOCK is shared by all duplicates."""
-        return Userfaultfd(fcntl.fcntl(self._descriptor, fcntl.F_DUPFD_CLOEXEC, 0), self.features, owned=True)
+        """The same userfaultfd by a descriptor of its own, close-on-exec. O_NONBLOCK is shared by all. Raises OSError: EMFILE."""
+        return Userfaultfd(os.dup(self._descriptor), self.features, owned=True)
 
     def detach(self) -> int:
         """The descriptor, which the caller closes."""
@@ -120,8 +119,9 @@ class Userfaultfd:
         return Ioctl(ioctls[0])
 
     def unregister(self, address: int, size_bytes: int) -> None:
-        """End the registration and wake who waits: absent pages read as *zeroes* from here on.
+        """End the registration: absent pages read as *zeroes* from here on.
 
+        Who waits is woken only where MISSING was registered (userfaultfd_unregister); else wake() the range afterwards.
         Raises UserfaultfdError: EINVAL (address, size, or nothing there to register), ENOMEM (nothing mapped, process gone)."""
         self._check("UFFDIO_UNREGISTER", lib.uffd_unregister(self._descriptor, address, size_bytes), address, size_bytes)
 
@@ -209,7 +209,7 @@ class Userfaultfd:
     def writeprotect(self, address: int, size_bytes: int, *, protect: bool, dontwake: bool = False) -> Filled:
         """UFFDIO_WRITEPROTECT: protect a range, or lift that and wake who waits for it. It is done whole or not at all.
 
-        RANGE_GONE: not registered with WP. Raises UserfaultfdError: EINVAL (dontwake with protect; lifting under WP_ASYNC)."""
+        RANGE_GONE: not registered with WP. Raises UserfaultfdError: EINVAL (dontwake with protect)."""
         mode = (lib.UFFDIO_WRITEPROTECT_MODE_WP if protect else 0) | (lib.UFFDIO_WRITEPROTECT_MODE_DONTWAKE if dontwake else 0)
         return self._fill(
             Operation.WRITEPROTECT,
@@ -292,7 +292,7 @@ def features_of(descriptor: int) -> Feature:
     """
     for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
         if line.startswith("API:"):
-            return Feature(int(line.split(":")[2], 16) & _FEATURES_MASK)
+            return Feature(int(line.split(":")[2], 16) & ~_INITIALIZED)
     return Feature(0)
 
 

@@ -31,7 +31,7 @@ class Outcome(StrEnum):
     AGAIN = "again"  # EAGAIN: an event is unread or the address space is changing: read events, then retry
     RANGE_GONE = "range-gone"  # ENOENT: not one registered mapping (any more); of MOVE also: the source has a hole
     PROCESS_GONE = "process-gone"  # ESRCH: the process that opened the userfaultfd has no memory any more
-    NO_MEMORY = "no-memory"  # ENOMEM, ENOSPC: of hugetlbfs: its pool or the file's reservation is used up
+    NO_MEMORY = "no-memory"  # ENOMEM, ENOSPC. Not of a used-up hugetlbfs pool: there COPY says EEXIST (test_memory_files.py)
 
 
 _OF_ALL = {

@@ -32,13 +32,13 @@ int uffd_poison(int fd, uint64_t address, uint64_t size_bytes, uint64_t mode, in
 #define UFFD_READ_MAX 64
 /* One message, flat; what does not belong to its event is 0 (descriptor: -1). */
 struct uffd_event {
-    uint32_t event;     /* UFFD_EVENT_... */
-    uint32_t thread_id; /* page fault, with UFFD_FEATURE_THREAD_ID */
-    int32_t descriptor; /* fork: the child's userfaultfd, open in the reader */
-    uint64_t flags;     /* page fault */
-    uint64_t address;   /* page fault; remap: from; remove and unmap: start */
-    uint64_t to;        /* remap */
-    uint64_t end;       /* remove and unmap */
+    uint32_t event;      /* UFFD_EVENT_... */
+    uint32_t thread_id;  /* page fault, with UFFD_FEATURE_THREAD_ID */
+    int32_t descriptor;  /* fork: the child's userfaultfd, open in the reader */
+    uint64_t flags;      /* page fault */
+    uint64_t address;    /* page fault; remap: from; remove and unmap: start */
+    uint64_t to;         /* remap */
+    uint64_t end;        /* remove and unmap */
     uint64_t size_bytes; /* remap */
 };
 /* One read(2) of up to UFFD_READ_MAX messages; *count of them came. EAGAIN: none now. */

@@ -1,31 +1,38 @@
-"""The program of kernel facts, compiled once a session; each fact is a process of its own, killed and reaped at its deadline."""
+"""The server of cases (cases.py), started at the first case of a session; and, in the server itself, its loop."""
 
-import subprocess
-from collections.abc import Callable
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-FACT_DEADLINE_SECONDS = 20
-CompiledFacts = Callable[[str], None]
-SOURCES = ("facts.c", "facts_registering.c", "facts_resolving.c")
-COMPILER = ("cc", "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", "-pthread")
+from migrate import host
+
+from .cases import LAST_WORDS, SOCKET_VARIABLE, CaseServer, InAChild, serve
+
+
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """In the server: serve instead of running what was collected."""
+    if SOCKET_VARIABLE not in os.environ:
+        return None
+    serve({item.nodeid: item for item in session.items})
+    return True
 
 
 @pytest.fixture(scope="session")
-def facts_program(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    program = tmp_path_factory.mktemp("facts") / "facts"
-    sources = [str(repository / "tests/kernel" / name) for name in SOURCES]
-    subprocess.run([*COMPILER, f"-I{repository}/migrate/uffd", "-o", str(program), *sources], check=True, timeout=60)
-    return program
+def case_server(repository: Path) -> Iterator[CaseServer]:
+    server = CaseServer(repository, host.PROBES)
+    yield server
+    server.close()
 
 
 @pytest.fixture
-def fact(facts_program: Path) -> CompiledFacts:
-    """``fact("continue-of-a-hole-is-efault")`` fails with what the kernel did instead."""
+def in_a_child(case_server: CaseServer, request: pytest.FixtureRequest) -> InAChild:
+    """Run the body of this very test; it fails with what the case said."""
 
-    def holds(name: str) -> None:
-        run = subprocess.run([str(facts_program), name], capture_output=True, text=True, timeout=FACT_DEADLINE_SECONDS)
-        assert run.returncode == 0, f"exit {run.returncode}: {run.stderr}"
+    def run(expected_status: int) -> None:
+        status, said = case_server.run(request.node.nodeid)
+        assert status == expected_status, f"the case ended with {status}:\n{said}"
+        assert (LAST_WORDS in said) == (expected_status < 0), f"the case ended too early:\n{said}"
 
-    return holds
+    return run
