@@ -20,7 +20,7 @@ EXTENSIONS = {
     "migrate/guests/workload/_workload.abi3.so",
     "migrate/uffd/_uffd.abi3.so",
 }
-DATA = {"migrate/py.typed", "migrate/bench/postcopy-floor", "proto/PROTOCOL.md", "proto/frame.h"}
+DATA = {"migrate/py.typed", "migrate/api/openapi.json", "migrate/bench/postcopy-floor", "proto/PROTOCOL.md", "proto/frame.h"}
 
 
 def run(*command: str | Path, directory: Path) -> str:
