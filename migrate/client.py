@@ -1,14 +1,28 @@
 """The CLI's side of a daemon's HTTP API, over its unix socket."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+from pydantic import BaseModel
 
 from migrate.daemon_paths import API_SOCKET
 from migrate.errors import DaemonUnreachableError, PostcopyError
 from migrate.session import MigrationStatus
+
+EVENTS_SILENCE_SECONDS = 60.0
+"""A stream says that it is there more often than that."""
+
+
+class ServerEvent(BaseModel):
+    """One event of a stream: its name, its id (not every one has one), and the object that it carries."""
+
+    event: str
+    id: str | None
+    data: dict[str, Any]
 
 
 class DaemonClient:
@@ -36,6 +50,7 @@ class DaemonClient:
         return list(self._call("GET", "/v1/guests"))
 
     def migrations(self) -> list[MigrationStatus]:
+        """Those begun last first."""
         return [MigrationStatus.model_validate(item) for item in self._call("GET", "/v1/migrations")]
 
     def migrate(self, guest_id: str, destination: str, *, bulk: bool = True) -> MigrationStatus:
@@ -50,16 +65,57 @@ class DaemonClient:
     def cancel(self, migration_id: str) -> MigrationStatus:
         return MigrationStatus.model_validate(self._call("POST", f"/v1/migrations/{migration_id}/cancel"))
 
+    def latency(self, migration_id: str) -> dict[str, Any]:
+        return dict(self._call("GET", f"/v1/migrations/{migration_id}/latency"))
+
+    def events(self, migration_id: str | None = None, *, last_event_id: str | None = None) -> Iterator[ServerEvent]:
+        """All events, or those of one migration, until the one named ``end``. Raises DaemonUnreachableError without it."""
+        path = "/v1/events" if migration_id is None else f"/v1/migrations/{migration_id}/events"
+        headers = {} if last_event_id is None else {"last-event-id": last_event_id}
+        try:
+            with self._http.stream("GET", path, headers=headers, timeout=EVENTS_SILENCE_SECONDS) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise refusal(answer)
+                for event in parsed(answer.iter_lines()):
+                    yield event
+                    if event.event == "end":
+                        return
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        raise self._unreachable("the end of its event stream")
+
     def _call(self, method: str, path: str, body: object = None) -> Any:
         try:
             answer = self._http.request(method, path, json=body)
         except httpx.TransportError as error:
-            raise DaemonUnreachableError(
-                f"daemon at {self._runtime_dir}", expected="one that answers (start it, or name another with --daemon)", got=error
-            ) from error
+            raise self._unreachable(error) from error
         if answer.is_success:
             return answer.json()
-        problem = answer.json()
-        code = str(problem.get("type", "")).removeprefix("urn:postcopy:") or "failed"
-        what = str(problem.get("detail", ""))
-        raise PostcopyError(what, code=code)
+        raise refusal(answer)
+
+    def _unreachable(self, got: object) -> DaemonUnreachableError:
+        return DaemonUnreachableError(
+            f"daemon at {self._runtime_dir}", expected="one that answers (start it, or name another with --daemon)", got=got
+        )
+
+
+def refusal(answer: httpx.Response) -> PostcopyError:
+    """The daemon's own code and words."""
+    problem = answer.json()
+    code = str(problem.get("type", "")).removeprefix("urn:postcopy:") or "failed"
+    return PostcopyError(str(problem.get("detail", "")), code=code)
+
+
+def parsed(lines: Iterator[str]) -> Iterator[ServerEvent]:
+    """Server-sent events as this daemon writes them: one line of data each; comments are dropped."""
+    fields: dict[str, str] = {}
+    for line in lines:
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        elif "data" in fields:
+            yield ServerEvent(event=fields["event"], id=fields.get("id"), data=json.loads(fields["data"]))
+            fields = {}
+        else:
+            fields = {}

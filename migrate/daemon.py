@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
 from migrate.dataplane import prefer_latency
 from migrate.destination import DestinationMigration
 from migrate.errors import GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError, PostcopyError
+from migrate.events import EventLog
 from migrate.guest_link import GuestLink, GuestState
 from migrate.http import HttpServers
 from migrate.metrics import Totals
@@ -61,9 +63,13 @@ class Daemon:
         self.migrations: OrderedDict[str, SourceMigration | DestinationMigration] = OrderedDict()
         self.totals = Totals()
         self.quiet = Quiet()
+        self.events = EventLog(self.quiet)
+        self.addresses: dict[str, str] = {}
+        self.insecure = insecure
+        self.started_ns, self.started_wall_ns = time.monotonic_ns(), time.time_ns()
         self.stopping = asyncio.Event()
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
-        self._listen_at, self._metrics_at, self._insecure = listen_at, metrics_at, insecure
+        self._listen_at, self._metrics_at = listen_at, metrics_at
         self._congestion_control = congestion_control
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -78,12 +84,14 @@ class Daemon:
                 "guest id", expected="one that no attached guest has", got=link.guest_id, code="guest-id-taken"
             )
         self.guests[link.guest_id] = link
+        self._guest_event(link, "attached")
         log.info("guest attached", guest=link.guest_id, state=str(link.state), size_bytes=link.size_bytes, pid=link.pid)
 
     def _guest_gone(self, link: GuestLink) -> None:
         self._links.discard(link)
         if self.guests.get(link.guest_id) is link:
             del self.guests[link.guest_id]
+            self._guest_event(link, "detached")
             log.info("guest detached", guest=link.guest_id, state=str(link.state))
         migration = self.migration_of(link)
         if migration is None:
@@ -91,6 +99,10 @@ class Daemon:
         else:
             migration.guest_gone()
         self._changed.set()
+
+    def _guest_event(self, link: GuestLink, change: str) -> None:
+        facts: dict[str, object] = {"guest_id": link.guest_id, "change": change, "state": str(link.state), "pid": link.pid}
+        self.events.append("guest", "", facts)
 
     def migration_of(self, link: GuestLink) -> SourceMigration | DestinationMigration | None:
         """The migration that has not ended and that this guest is part of."""
@@ -116,8 +128,8 @@ class Daemon:
         if guest.state is not GuestState.RUNNING:
             raise GuestBusyError(f"guest {guest_id}", expected="running here as a whole", got=str(guest.state))
         if self.stopping.is_set():
-            raise GuestBusyError("this daemon", expected="to run on", got="it is ending")
-        require_loopback(address, "destination", insecure=self._insecure)
+            raise GuestBusyError("this daemon", expected="to run on", got="it is ending", code="daemon-ending")
+        require_loopback(address, "destination", insecure=self.insecure)
         migration = SourceMigration(
             guest, address, self.quiet, self._migration_ended, bulk=bulk, congestion_control=self._congestion_control
         )
@@ -133,11 +145,20 @@ class Daemon:
 
     def _start(self, migration: SourceMigration | DestinationMigration) -> None:
         self.migrations[migration.id] = migration
+        migration.first_event = self.events.newest + 1
+        migration.on_advance = self._migration_advanced
+        self._migration_advanced(migration)
         migration.task = asyncio.get_running_loop().create_task(migration.run())
         self._keep(migration.task)
 
+    def _migration_advanced(self, migration: Migration) -> None:
+        """Within a switchover too: nothing here may take longer than an append."""
+        facts: dict[str, object] = {"role": migration.role, "guest_id": migration.guest_id, "state": migration.state}
+        self.events.append("state", migration.id, facts)
+
     def _migration_ended(self, migration: Migration) -> None:
         assert isinstance(migration, SourceMigration | DestinationMigration)
+        self.events.append("settled", migration.id, {"migration": migration.status()})
         self.totals.add(migration)
         migration.counted = True
         self._changed.set()
@@ -224,16 +245,16 @@ class Daemon:
         guests = unix_listener(self.runtime_dir / GUEST_SOCKET)
         self._keep(loop.create_task(self._accept_guests(guests)))
         if self._listen_at is not None:
-            require_loopback(self._listen_at, "migration", insecure=self._insecure)
+            require_loopback(self._listen_at, "migration", insecure=self.insecure)
             listener = listen(self._listen_at)
-            info["migration_address"] = str(Address(*listener.getsockname()[:2]))
+            info["migration_address"] = self.addresses["migration"] = str(Address(*listener.getsockname()[:2]))
             self._keep(loop.create_task(self._accept_peers(listener)))
         http = HttpServers(self)
         await http.start_api(unix_listener(self.runtime_dir / API_SOCKET))
         if self._metrics_at is not None:
-            require_loopback(self._metrics_at, "metrics", insecure=self._insecure)
+            require_loopback(self._metrics_at, "metrics", insecure=self.insecure)
             metrics = listen(self._metrics_at)
-            info["metrics_address"] = str(Address(*metrics.getsockname()[:2]))
+            info["metrics_address"] = self.addresses["metrics"] = str(Address(*metrics.getsockname()[:2]))
             await http.start_metrics(metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)

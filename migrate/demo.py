@@ -40,7 +40,7 @@ def run(memory: str, *, as_json: bool) -> None:
         if verified["event"] == "failed":
             raise PostcopyError(str(verified["failure"]), code="guest-failed")
         if as_json:
-            typer.echo(json.dumps({"migration": now.model_dump(), "guest": verified}, indent=2))
+            typer.echo(json.dumps({"migration": now.model_dump(mode="json"), "guest": verified}, indent=2))
             return
         summary(now)
         tell(

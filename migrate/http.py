@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from migrate.api import build_api
+from migrate.http_connection import BoundedConnection
 from migrate.metrics import DaemonCollector
 
 if TYPE_CHECKING:
@@ -46,13 +47,21 @@ class HttpServers:
         await self._start(build_metrics(self._daemon), listener)
 
     async def stop(self) -> None:
+        self._daemon.events.close()
         for server, _ in self._running:
             server.should_exit = True
         await asyncio.gather(*(task for _, task in self._running))
 
     async def _start(self, app: Any, listener: socket.socket) -> None:
         config = uvicorn.Config(
-            app, loop="none", log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=1
+            app,
+            loop="none",
+            http=BoundedConnection,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            ws="none",
+            timeout_graceful_shutdown=1,
         )
         server = _Server(config)
         self._running.append((server, asyncio.get_running_loop().create_task(server.serve(sockets=[listener]))))

@@ -2,10 +2,13 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Annotated
 
 import structlog
-from pydantic import BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from migrate.clock import monotonic_ns
 from migrate.dataplane import LoopResult, LoopThread
@@ -45,30 +48,34 @@ class FaultLatency(BaseModel):
 
 
 class MigrationStatus(BaseModel):
-    """A migration at one moment; base units. ``downtime_seconds`` is the guest's: last step there to first step here."""
+    """A migration at one moment, in base units. Wall-clock times are for people; durations come from the monotonic clock."""
 
     model_config = ConfigDict(frozen=True)
 
-    id: str
-    role: str
-    guest_id: str
-    peer: str
-    state: str
-    ended: bool
-    settled: bool
+    id: Annotated[str, Field(description="32 hexadecimal digits, the same at both daemons.")]
+    role: Annotated[Role, Field(description="This daemon's part in it.")]
+    guest_id: Annotated[str, Field(description="As the source calls it; `?` at a destination that has not been offered it yet.")]
+    peer: Annotated[str, Field(description="HOST:PORT of the other daemon.")]
+    state: State
+    ended: Annotated[bool, Field(description="Nothing of it is left to do.")]
+    settled: Annotated[bool, Field(description="Ended or stalled: nothing more happens by itself.")]
+    started_at: AwareDatetime
+    ended_at: Annotated[AwareDatetime | None, Field(description="When it settled.")]
     pages_total: int
-    pages_done: int
-    pages: dict[str, int]
+    pages_done: Annotated[int, Field(description="Source: sent. Destination: final in the guest's memory.")]
+    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero.")]
     bytes_moved: int
     faults_count: int
-    faults: dict[str, FaultLatency]
+    faults: Annotated[dict[str, FaultLatency], Field(description="By kind, once it is complete.")]
     elapsed_seconds: float
     bytes_per_second: float
     eta_seconds: float | None
-    downtime_seconds: float | None
-    downtime_uncertainty_seconds: float
+    downtime_seconds: Annotated[
+        float | None, Field(description="The guest's: last step at the source to first step at the destination.")
+    ]
+    downtime_uncertainty_seconds: Annotated[float, Field(description="How far off it may be, from the clocks of two hosts.")]
     error: ErrorFacts | None
-    timeline_seconds: dict[str, float]
+    timeline_seconds: Annotated[dict[str, float], Field(description="When each state was first reached, after the start.")]
 
 
 class Migration:
@@ -90,11 +97,15 @@ class Migration:
         self.task: asyncio.Task[None] | None = None
         self._on_end = on_end
         self._started_ns = monotonic_ns()
+        self._started_wall_ns = time.time_ns()
         self._ended_ns: int | None = None
+        self._ended_wall_ns: int | None = None
         self._timeline: dict[str, int] = {}
         self._threads: list[LoopThread] = []
         self._loop = asyncio.get_running_loop()
         self.counted = False  # in the daemon's totals
+        self.on_advance: Callable[[Migration], None] = lambda _: None
+        self.first_event = 0  # the daemon's events from this number on may be about it
         self._settled = asyncio.Event()
         self.log = log.bind(migration=self.id, guest=guest_id, role=str(self.role))
 
@@ -114,10 +125,16 @@ class Migration:
     def advance(self, event: Event) -> None:
         self.state = advance(self.role, self.state, event)
         self._timeline.setdefault(str(self.state), monotonic_ns())
+        self.on_advance(self)
+
+    @property
+    def told(self) -> bool:
+        """Settled, and its last figures and its error are known."""
+        return self._ended_ns is not None
 
     def end(self, error: Exception | None = None) -> None:
         """After the last ``advance``: keep what is to be known and tell the daemon."""
-        self._ended_ns = monotonic_ns()
+        self._ended_ns, self._ended_wall_ns = monotonic_ns(), time.time_ns()
         if error is not None:
             self.error = error_facts(error)
         self._settled.set()
@@ -190,12 +207,14 @@ class Migration:
         left = self.pages_total - done
         return MigrationStatus(
             id=self.id,
-            role=str(self.role),
+            role=self.role,
             guest_id=self.guest_id,
             peer=self.peer,
-            state=str(self.state),
+            state=self.state,
             ended=self.ended,
             settled=self.settled,
+            started_at=utc(self._started_wall_ns),
+            ended_at=None if self._ended_wall_ns is None else utc(self._ended_wall_ns),
             pages_total=self.pages_total,
             pages_done=done,
             pages=self.pages_by_path(),
@@ -210,6 +229,11 @@ class Migration:
             error=self.error,
             timeline_seconds={state: (at_ns - self._started_ns) / 1e9 for state, at_ns in self._timeline.items()},
         )
+
+
+def utc(wall_ns: int) -> datetime:
+    """Of CLOCK_REALTIME nanoseconds."""
+    return datetime.fromtimestamp(wall_ns / 1e9, UTC)
 
 
 def error_facts(error: Exception) -> ErrorFacts:

@@ -7,6 +7,7 @@ happens inside may grow with guest memory (P7).
 import asyncio
 import contextlib
 import gc
+from collections.abc import Callable
 from types import TracebackType
 
 from proto.messages import Running, Switchover, control_decoder, encode
@@ -27,6 +28,11 @@ class Quiet:
         self._holders = 0
         self._free = asyncio.Event()
         self._free.set()
+        self.on_free: Callable[[], None] | None = None
+
+    @property
+    def held(self) -> bool:
+        return self._holders > 0
 
     async def __aenter__(self) -> None:
         self._holders += 1
@@ -40,6 +46,8 @@ class Quiet:
         if self._holders == 0:
             gc.enable()
             self._free.set()
+            if self.on_free is not None:
+                self.on_free()
 
     async def wait(self) -> None:
         """At most a moment: a peer that never says ``running`` must not silence the API."""

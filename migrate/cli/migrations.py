@@ -1,4 +1,4 @@
-"""``postcopy migrate``, ``list``, ``status``, ``cancel``: what an operator does with a daemon."""
+"""``postcopy migrate``, ``list``, ``status``, ``events``, ``cancel``: what an operator does with a daemon."""
 
 import json
 import sys
@@ -11,10 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, runtime_dir_of
-from migrate.client import DaemonClient
+from migrate.client import DaemonClient, ServerEvent
 from migrate.session import MigrationStatus
 
-POLL_SECONDS = 0.1
 LINE_SECONDS = 1.0
 
 
@@ -22,6 +21,7 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command()(migrate)
     app.command("list")(list_all)
     app.command()(status)
+    app.command()(events)
     app.command()(cancel)
 
 
@@ -57,7 +57,7 @@ def line(now: MigrationStatus) -> str:
 
 
 def _watch(client: DaemonClient, begun: MigrationStatus, *, quiet: bool) -> MigrationStatus:
-    """Poll until it has settled: a bar on a terminal, a line a second elsewhere, on standard error."""
+    """Follow its events until it has settled: a bar on a terminal, a line a second elsewhere, on standard error."""
     now = begun
     columns = (TextColumn("{task.description}"), BarColumn())
     console = Console(stderr=True)
@@ -65,8 +65,10 @@ def _watch(client: DaemonClient, begun: MigrationStatus, *, quiet: bool) -> Migr
     with bar:
         task = bar.add_task(line(now), total=max(now.pages_total, 1))
         said_at = 0.0
-        while not now.settled:
-            now = client.status(begun.id, settled_within_seconds=POLL_SECONDS)
+        for event in client.events(begun.id):
+            if event.event not in ("progress", "settled"):
+                continue
+            now = MigrationStatus.model_validate(event.data["migration"])
             bar.update(task, description=line(now), completed=now.pages_done, total=max(now.pages_total, 1))
             if not quiet and not console.is_terminal and time.monotonic() - said_at >= LINE_SECONDS:
                 said_at = time.monotonic()
@@ -108,7 +110,7 @@ def list_all(daemon: DaemonOption = "source", as_json: JsonOption = False) -> No
     with DaemonClient(runtime_dir_of(daemon)) as client:
         guests, migrations = client.guests(), client.migrations()
     if as_json:
-        typer.echo(json.dumps({"guests": guests, "migrations": [m.model_dump() for m in migrations]}, indent=2))
+        typer.echo(json.dumps({"guests": guests, "migrations": [m.model_dump(mode="json") for m in migrations]}, indent=2))
         return
     console = Console(highlight=False)
     table = Table("guest", "state", "memory", "pid")
@@ -132,6 +134,34 @@ def status(migration: MigrationArgument, daemon: DaemonOption = "source", as_jso
         typer.echo(now.model_dump_json(indent=2))
     else:
         summary(now)
+
+
+def events(
+    migration: Annotated[
+        str | None, typer.Argument(help="Only of this one, until it has settled; its id or the beginning.")
+    ] = None,
+    daemon: DaemonOption = "source",
+    as_json: JsonOption = False,
+) -> None:
+    """What happens at a daemon, as it happens. With --json a line is an object: event, id, data."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        for event in client.events(migration):
+            print(event.model_dump_json() if as_json else event_line(event), flush=True)
+
+
+def event_line(event: ServerEvent) -> str:
+    """``12:00:00.123  state     5c1d0e9a1b2c  web  postcopy``."""
+    data = event.data
+    if "migration" in data:
+        now = MigrationStatus.model_validate(data["migration"])
+        about, text = now.id, f"{now.guest_id}  {line(now)}"
+    elif event.event == "snapshot":
+        about, text = "", f"{len(data['guests'])} guests, {len(data['migrations'])} migrations under way"
+    else:
+        about = data.get("migration_id", "")
+        told = ("guest_id", "change", "state", "count", "reason")
+        text = "  ".join(str(data[name]) for name in told if data.get(name) is not None)
+    return f"{data['at'][11:23]}  {event.event:<8}  {about[:12]:<12}  {text}".rstrip()
 
 
 def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_json: JsonOption = False) -> None:

@@ -112,6 +112,11 @@ class Histogram:
     def add(self, other: "Histogram") -> None:
         lib.histogram_add(self._copy, other._copy)
 
+    def fine(self) -> list[tuple[int, int]]:
+        """Every bucket that holds anything: (its lower bound in ns, count), lowest first. 16 buckets to each power of two."""
+        counts = ffi.unpack(self._copy.bucket, lib.HISTOGRAM_BUCKETS)
+        return [(int(lib.histogram_bucket_low_ns(bucket)), count) for bucket, count in enumerate(counts) if count]
+
     def folded(self) -> list[int]:
         """Cumulative counts at FOLDED_BOUNDS_SECONDS and, last, the total."""
         cumulative = ffi.new("uint64_t[]", lib.HISTOGRAM_FOLDED_BUCKETS)

@@ -173,7 +173,9 @@ def test_list(cli: Cli, commuter: Commuter) -> None:
         "state": "running",
         "size_bytes": 4 << 20,
         "shape": "4 MiB of 4 KiB pages",
+        "regions": [{"size_bytes": 4 << 20, "page_bytes": 4096}],
         "pid": commuter.runs.pid,
+        "migration_id": None,
     }
     assert told["migrations"]
     for migration in told["migrations"]:

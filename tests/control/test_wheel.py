@@ -21,7 +21,7 @@ EXTENSIONS = {
     "migrate/uffd/_uffd.abi3.so",
 }
 PROGRAMS = {"migrate/bench/postcopy-floor", "migrate/bench/postcopy-resolvers", "migrate/host/postcopy-trial"}
-DATA = {"migrate/py.typed", *PROGRAMS, "proto/PROTOCOL.md", "proto/frame.h"}
+DATA = {"migrate/py.typed", "migrate/api/openapi.json", *PROGRAMS, "proto/PROTOCOL.md", "proto/frame.h"}
 
 
 def run(*command: str | Path, directory: Path) -> str:
