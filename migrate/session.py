@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import structlog
 from pydantic import BaseModel, ConfigDict
@@ -89,6 +89,8 @@ class Migration:
         self.faults: dict[FaultKind, LatencySummary] = {}
         self.task: asyncio.Task[None] | None = None
         self._on_end = on_end
+        self.before_switchover: Callable[[], Awaitable[None]] | None = None
+        """Awaited once all connections stand, before anything is held back: what is done here costs no downtime."""
         self._started_ns = monotonic_ns()
         self._ended_ns: int | None = None
         self._timeline: dict[str, int] = {}
