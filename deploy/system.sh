@@ -49,6 +49,7 @@ command -v ip >/dev/null || lacks "ip" iproute2
 for tool in unshare setpriv setarch; do
     command -v "$tool" >/dev/null || { lacks "$tool" util-linux; break; }
 done
+command -v systemd-analyze >/dev/null || lacks "systemd-analyze (the tests try the units with it)" systemd
 
 [ -n "$packages" ] || exit 0
 [ -z "${POSTCOPY_SYSTEM_INSTALLED-}" ] || fail "still missing after the installation; see above"

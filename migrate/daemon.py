@@ -1,10 +1,11 @@
 """The daemon: guests that attach, migrations in both roles, the sockets. One process, one event loop.
 
 ``postcopy source`` and ``postcopy destination`` are this daemon; a destination also listens for migrations. Any guest
-that runs as a whole on either can be moved away. Not handled: guests of other users (the guest socket is 0600).
+that runs as a whole on either can be moved away. Guests of other users attach where ``--socket-group`` lets them.
 """
 
 import asyncio
+import contextlib
 import gc
 import hmac
 import json
@@ -17,10 +18,11 @@ from pathlib import Path
 
 import structlog
 
-from migrate.config import make_private
+from migrate.config import make_private, share_with_group, socket_group_id
 from migrate.control import ControlConnection
 from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
 from migrate.dataplane import prefer_latency
+from migrate.descriptor_store import DescriptorStore
 from migrate.destination import DestinationMigration
 from migrate.errors import GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError, PostcopyError
 from migrate.events import EventLog
@@ -28,7 +30,7 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.http import HttpServers
 from migrate.metrics import Totals
 from migrate.network import Address, accept, answer, listen, receive_preamble, require_loopback, tune
-from migrate.notify import notify
+from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.region import shape_of, shape_text
 from migrate.session import Migration
 from migrate.source import SourceMigration
@@ -36,12 +38,13 @@ from migrate.switchover import Quiet
 from proto.errors import ProtocolError
 from proto.messages import Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
-from proto.states import AFTER_SWITCHOVER, CANCELLABLE
+from proto.states import AFTER_SWITCHOVER, CANCELLABLE, State
 
 log = structlog.get_logger("postcopy.daemon")
 ENDED_MIGRATIONS_KEPT = 64
 HALF_OPEN_MAX = 64
 PREAMBLE_DEADLINE_SECONDS = 5.0
+EXTENSION_SECONDS = 30.0  # of the service manager's patience with an end that waits for pages
 
 
 class Daemon:
@@ -56,11 +59,13 @@ class Daemon:
         metrics_at: Address | None,
         insecure: bool,
         congestion_control: str | None = None,
+        socket_group: str | None = None,
     ) -> None:
         self.role = role
         self.runtime_dir = runtime_dir
         self.guests: dict[str, GuestLink] = {}
         self.migrations: OrderedDict[str, SourceMigration | DestinationMigration] = OrderedDict()
+        self.store = DescriptorStore()
         self.totals = Totals()
         self.quiet = Quiet()
         self.events = EventLog(self.quiet)
@@ -70,7 +75,7 @@ class Daemon:
         self.stopping = asyncio.Event()
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
         self._listen_at, self._metrics_at = listen_at, metrics_at
-        self._congestion_control = congestion_control
+        self._congestion_control, self._socket_group = congestion_control, socket_group
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._half_open = 0
@@ -85,6 +90,8 @@ class Daemon:
             )
         self.guests[link.guest_id] = link
         self._guest_event(link, "attached")
+        if self.store.let_go(link):
+            self._tell_held()
         log.info("guest attached", guest=link.guest_id, state=str(link.state), size_bytes=link.size_bytes, pid=link.pid)
 
     def _guest_gone(self, link: GuestLink) -> None:
@@ -98,6 +105,8 @@ class Daemon:
             link.release()
         else:
             migration.guest_gone()
+            if migration.settled:
+                self._let_go_of_guest(migration)
         self._changed.set()
 
     def _guest_event(self, link: GuestLink, change: str) -> None:
@@ -148,6 +157,7 @@ class Daemon:
         migration.first_event = self.events.newest + 1
         migration.on_advance = self._migration_advanced
         self._migration_advanced(migration)
+        migration.before_switchover = lambda: self._store(migration)
         migration.task = asyncio.get_running_loop().create_task(migration.run())
         self._keep(migration.task)
 
@@ -156,14 +166,24 @@ class Daemon:
         facts: dict[str, object] = {"role": migration.role, "guest_id": migration.guest_id, "state": migration.state}
         self.events.append("state", migration.id, facts)
 
+    async def _store(self, migration: SourceMigration | DestinationMigration) -> None:
+        if migration.guest is not None:
+            await self.store.save(migration.role, migration.id, migration.guest)
+
+    def _let_go_of_guest(self, migration: SourceMigration | DestinationMigration) -> None:
+        """As soon as no page is owed: a migration has ended, or the guest of one that cannot go on is gone."""
+        if not self._owes_pages(migration):
+            self.store.forget(migration.id)
+            if migration.guest is not None and migration.guest.gone:
+                migration.guest.release()
+
     def _migration_ended(self, migration: Migration) -> None:
         assert isinstance(migration, SourceMigration | DestinationMigration)
         self.events.append("settled", migration.id, {"migration": migration.status()})
         self.totals.add(migration)
         migration.counted = True
         self._changed.set()
-        if migration.ended and migration.guest is not None and migration.guest.gone:
-            migration.guest.release()
+        self._let_go_of_guest(migration)
         ended = [key for key, m in self.migrations.items() if m.settled]
         for key in ended[: max(0, len(ended) - ENDED_MIGRATIONS_KEPT)]:
             if self.migrations[key].ended:
@@ -240,9 +260,11 @@ class Daemon:
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         prefer_latency()
-        make_private(self.runtime_dir)
+        self.store.take_back()
+        group_id = None if self._socket_group is None else socket_group_id(self._socket_group)
+        make_private(self.runtime_dir, group_id)
         info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
-        guests = unix_listener(self.runtime_dir / GUEST_SOCKET)
+        guests = unix_listener(self.runtime_dir / GUEST_SOCKET, group_id)
         self._keep(loop.create_task(self._accept_guests(guests)))
         if self._listen_at is not None:
             require_loopback(self._listen_at, "migration", insecure=self.insecure)
@@ -250,7 +272,7 @@ class Daemon:
             info["migration_address"] = self.addresses["migration"] = str(Address(*listener.getsockname()[:2]))
             self._keep(loop.create_task(self._accept_peers(listener)))
         http = HttpServers(self)
-        await http.start_api(unix_listener(self.runtime_dir / API_SOCKET))
+        await http.start_api(unix_listener(self.runtime_dir / API_SOCKET, group_id))
         if self._metrics_at is not None:
             require_loopback(self._metrics_at, "metrics", insecure=self.insecure)
             metrics = listen(self._metrics_at)
@@ -262,6 +284,10 @@ class Daemon:
         gc.freeze()
         write_info(self.runtime_dir / INFO_FILE, info)
         notify("READY=1")
+        if (period_seconds := watchdog_period_seconds()) is not None:
+            self._keep(loop.create_task(self._say_alive(period_seconds)))
+        if self.store.held:
+            self._tell_held()
         log.info("ready", runtime_dir=str(self.runtime_dir), **info)
         try:
             await self.stopping.wait()
@@ -276,6 +302,18 @@ class Daemon:
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):
                 (self.runtime_dir / name).unlink(missing_ok=True)
             log.info("ended")
+
+    def _tell_held(self) -> None:
+        guests = ", ".join(held.guest_id for held in self.store.held)
+        notify(f"STATUS=holding memory of guests from before a restart: {guests}" if guests else "STATUS=")
+
+    async def _say_alive(self, period_seconds: float) -> None:
+        """From the loop that everything here runs in: when this stops coming, the daemon hangs. Not in a switchover, unless
+        that has lasted too long already to be spared."""
+        while True:
+            await self.quiet.wait()
+            notify("WATCHDOG=1")
+            await asyncio.sleep(period_seconds)
 
     def _terminate(self) -> None:
         self._terminations += 1
@@ -301,7 +339,10 @@ class Daemon:
                 notify(f"STATUS={status}")
                 log.warning(status, hint="a second SIGTERM ends at once; their missing pages then stay at the source")
                 said = waiting
-            await self._changed.wait()
+            if any(m.state is not State.STALLED for m in self.migrations.values() if self._owes_pages(m)):
+                extend_timeout(EXTENSION_SECONDS)  # not for the stalled ones: their wait has no end of its own
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), EXTENSION_SECONDS / 2)
 
     @staticmethod
     def _owes_pages(migration: SourceMigration | DestinationMigration) -> bool:
@@ -319,8 +360,9 @@ class Daemon:
             log.error("internal error", exc_info=task.exception())
 
 
-def unix_listener(path: Path) -> socket.socket:
-    """A 0600 socket in our 0700 directory. Raises ListenRefusedError when a daemon already answers there."""
+def unix_listener(path: Path, group_id: int | None = None) -> socket.socket:
+    """A 0600 socket in our directory, 0660 for a group. Raises ListenRefusedError when a daemon already answers there,
+    HostLacksError for a group that is not ours."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         sock.connect(str(path))
@@ -338,6 +380,8 @@ def unix_listener(path: Path) -> socket.socket:
         raise ListenRefusedError(f"socket {path}", expected="a path of at most 107 bytes that can be made", got=error) from error
     finally:
         os.umask(mask)
+    if group_id is not None:
+        share_with_group(path, group_id, 0o660)
     sock.listen(64)
     sock.setblocking(False)
     return sock

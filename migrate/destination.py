@@ -146,6 +146,8 @@ class DestinationMigration(Migration):
             self._attached.set_result(None)
 
     async def _switch_over(self) -> None:
+        if self.before_switchover is not None:
+            await self.before_switchover()
         message = await self._receive_or_cancel(Prepare, deadline_seconds=PREPARED_DEADLINE_SECONDS)
         assert isinstance(message, Prepare)
         self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns

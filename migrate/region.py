@@ -29,6 +29,11 @@ def _filesystem(descriptor: int) -> tuple[int, int]:
     return result.f_type & 0xFFFFFFFF, result.f_bsize
 
 
+def is_memory_file(descriptor: int) -> bool:
+    """Whether guest memory may lie in it: tmpfs (memfd) or hugetlbfs. Raises OSError."""
+    return _filesystem(descriptor)[0] in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
+
+
 def check_regions(regions: Sequence[GuestRegion], memory_files: Sequence[int]) -> list[MemoryRegion]:
     """What the data plane may use. Raises GuestRefusedError naming the region and what is wrong with it."""
     checked: list[MemoryRegion] = []

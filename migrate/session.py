@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -96,6 +96,8 @@ class Migration:
         self.faults: dict[FaultKind, LatencySummary] = {}
         self.task: asyncio.Task[None] | None = None
         self._on_end = on_end
+        self.before_switchover: Callable[[], Awaitable[None]] | None = None
+        """Awaited once all connections stand, before anything is held back: what is done here costs no downtime."""
         self._started_ns = monotonic_ns()
         self._started_wall_ns = time.time_ns()
         self._ended_ns: int | None = None

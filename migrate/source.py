@@ -137,6 +137,8 @@ class SourceMigration(Migration):
         """Pause here, run there: the guest stands still between the first and the last line of the block."""
         assert self._control is not None
         assert self._plane is not None
+        if self.before_switchover is not None:
+            await self.before_switchover()
         async with self._quiet:
             self.advance(Event.PREPARE)
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)

@@ -16,11 +16,13 @@ MetricsOption = Annotated[str, typer.Option("--metrics", help="HOST:PORT of /met
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow addresses beyond loopback: nothing is encrypted or authenticated yet.")
 ]
-
-
 CongestionOption = Annotated[
     str | None,
     typer.Option("--congestion-control", help="Of migration connections: bbr, cubic, reno, …; the system's if not given."),
+]
+SocketGroupOption = Annotated[
+    str | None,
+    typer.Option("--socket-group", help="Group (name or number) whose members may attach guests and steer; default: nobody."),
 ]
 
 
@@ -34,9 +36,10 @@ def source(
     metrics: MetricsOption = SOURCE_METRICS,
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
+    socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a source daemon: guests attach to it and are moved away from it."""
-    _run("source", runtime_dir, None, metrics, insecure, congestion_control)
+    _run("source", runtime_dir, None, metrics, insecure, congestion_control, socket_group)
 
 
 def destination(
@@ -45,13 +48,20 @@ def destination(
     metrics: MetricsOption = DESTINATION_METRICS,
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
+    socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
-    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control)
+    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, socket_group)
 
 
 def _run(
-    role: str, runtime_dir: Path | None, listen: str | None, metrics: str, insecure: bool, congestion_control: str | None
+    role: str,
+    runtime_dir: Path | None,
+    listen: str | None,
+    metrics: str,
+    insecure: bool,
+    congestion_control: str | None,
+    socket_group: str | None,
 ) -> None:
     import uvloop
 
@@ -66,6 +76,7 @@ def _run(
             metrics_at=None if metrics == "off" else Address.parse(metrics),
             insecure=insecure,
             congestion_control=congestion_control,
+            socket_group=socket_group,
         )
         await daemon.serve()
 

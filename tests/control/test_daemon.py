@@ -1,10 +1,12 @@
 """A daemon's life: readiness, private sockets, loopback unless told otherwise, and an end that abandons no guest."""
 
+import contextlib
 import os
 import signal
 import socket
 import stat
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import httpx
 import pytest
 
 from migrate.client import DaemonClient
-from migrate.errors import PostcopyError
+from migrate.config import make_private
+from migrate.errors import HostLacksError, PostcopyError
 from migrate.pair import Pair, Process
 from proto.messages import Cancel
 
@@ -37,6 +40,13 @@ class WatchedDaemon(Process):
 
     def told(self) -> str:
         return self._notify.recv(4096).decode()
+
+    def told_no_more(self) -> bool:
+        """Whether nothing is there that has not been read; once it has ended."""
+        self._notify.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            return not self._notify.recv(4096)
+        return True
 
     def client(self) -> DaemonClient:
         return DaemonClient(self.runtime_dir)
@@ -66,6 +76,60 @@ def test_runtime_directory_is_made_private(tmp_path: Path) -> None:
     daemon = WatchedDaemon(tmp_path)
     assert stat.S_IMODE(daemon.runtime_dir.stat().st_mode) == 0o700
     daemon.close()
+
+
+MEMBERS = 65123  # a group that nobody here is in, unless told
+NOBODY = 65534
+
+
+@pytest.mark.requires("root")
+def test_members_of_the_socket_group_and_nobody_else_may_connect() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own lie in a folder that only this user may enter
+        directory = Path(name)
+        directory.chmod(0o711)
+        daemon = WatchedDaemon(directory, "--socket-group", str(MEMBERS))
+        try:
+            status = daemon.runtime_dir.stat()
+            assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o750, MEMBERS)
+            for socket_name in ("guests.sock", "api.sock"):
+                path = daemon.runtime_dir / socket_name
+                assert (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) == (0o660, MEMBERS)
+                for group, welcome in ((MEMBERS, True), (NOBODY, False)):
+                    who = ["setpriv", f"--reuid={NOBODY}", f"--regid={group}", "--clear-groups"]
+                    run = subprocess.run([*who, "test", "-w", str(path)], timeout=20, check=False)
+                    assert (run.returncode == 0) is welcome  # writing is what connect(2) asks for: unix(7)
+        finally:
+            daemon.close()
+
+
+def test_group_that_does_not_exist_is_said(cli: Cli, tmp_path: Path) -> None:
+    run = cli("source", "--runtime-dir", str(tmp_path / "runtime"), "--metrics", "off", "--socket-group", "no-such-group")
+    assert run.returncode == 5
+    assert "there is no group no-such-group; make it (groupadd --system no-such-group), or name another" in run.stderr
+
+
+def test_group_that_is_not_ours_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root is a member of all of them, so to speak; an ordinary user gets EPERM."""
+
+    def not_permitted(path: Path, uid: int, gid: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", not_permitted)
+    with pytest.raises(HostLacksError, match=f"no member of group {MEMBERS}.*SupplementaryGroups="):
+        make_private(tmp_path / "runtime", MEMBERS)
+    assert stat.S_IMODE((tmp_path / "runtime").stat().st_mode) == 0o700
+
+
+def test_one_daemon_private_beside_one_with_a_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both below one directory: the private one closes itself, and not the way to the other."""
+    monkeypatch.setenv("POSTCOPY_RUNTIME_DIR", str(tmp_path / "base"))
+    make_private(tmp_path / "base" / "shared", os.getgid())
+    make_private(tmp_path / "base" / "private")
+    modes = {one.name: stat.S_IMODE(one.stat().st_mode) for one in (tmp_path / "base", *(tmp_path / "base").iterdir())}
+    assert modes == {"base": 0o750, "shared": 0o750, "private": 0o700}
+    (tmp_path / "base").chmod(0o777)
+    make_private(tmp_path / "base" / "private")
+    assert stat.S_IMODE((tmp_path / "base").stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
@@ -173,6 +237,26 @@ def test_guest_in_postcopy_is_not_abandoned(own_pair: Pair) -> None:
 
 
 @pytest.mark.requires("uffd")
+def test_stalled_guest_does_not_put_the_end_off(tmp_path: Path) -> None:
+    """Its wait has no end of its own: the service manager's patience is what bounds it."""
+    daemon = WatchedDaemon(tmp_path)
+    with FakeGuest("stalls", "running") as guest, FakeDestination() as fake, daemon.client() as client:
+        guest.attach(daemon.runtime_dir / "guests.sock")
+        client.migrate("stalls", fake.address)
+        fake.switch_over(guest)
+        fake.control.close()
+        until(lambda: client.migrations()[0].state == "stalled", "stalled")
+        assert daemon.told().startswith("FDSTORE=1\n")  # and is not removed
+        daemon.signal(signal.SIGTERM)
+        assert daemon.told() == "STOPPING=1"
+        assert daemon.told() == "STATUS=waiting for guests in postcopy: stalls"
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert daemon.told_no_more()
+    daemon.close()
+
+
+@pytest.mark.requires("uffd")
 def test_second_signal_ends_a_daemon_with_a_guest_in_postcopy(tmp_path: Path) -> None:
     daemon = WatchedDaemon(tmp_path)
     with FakeGuest("gone", "running") as guest, FakeDestination() as fake, daemon.client() as client:
@@ -180,9 +264,11 @@ def test_second_signal_ends_a_daemon_with_a_guest_in_postcopy(tmp_path: Path) ->
         client.migrate("gone", fake.address)
         fake.switch_over(guest)
         until(lambda: client.migrations()[0].state == "postcopy", "postcopy")
+        assert daemon.told().startswith("FDSTORE=1\n")
         daemon.signal(signal.SIGTERM)
         assert daemon.told() == "STOPPING=1"
         assert daemon.told() == "STATUS=waiting for guests in postcopy: gone"
+        assert daemon.told() == "EXTEND_TIMEOUT_USEC=30000000"
         assert daemon.returncode is None
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
