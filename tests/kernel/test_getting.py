@@ -91,7 +91,8 @@ def test_refusal_tells_both_ways() -> None:
     assert raised.value.device_error_number in (errno.EACCES, errno.ENOENT)
     assert raised.value.syscall_error_number == errno.EPERM
     assert "/dev/userfaultfd" in raised.value.why
-    assert "vm.unprivileged_userfaultfd" in raised.value.remedy
+    assert "vm.unprivileged_userfaultfd is 0" in raised.value.why
+    assert "/dev/userfaultfd" in raised.value.remedy
 
 
 @case(ALL, requires=["root"])
