@@ -50,6 +50,9 @@ for tool in unshare setpriv setarch; do
     command -v "$tool" >/dev/null || { lacks "$tool" util-linux; break; }
 done
 command -v systemd-analyze >/dev/null || lacks "systemd-analyze (the tests try the units with it)" systemd
+for tool in prometheus promtool; do
+    command -v "$tool" >/dev/null || { lacks "$tool" prometheus; break; }
+done
 
 [ -n "$packages" ] || exit 0
 [ -z "${POSTCOPY_SYSTEM_INSTALLED-}" ] || fail "still missing after the installation; see above"
@@ -61,4 +64,10 @@ export DEBIAN_FRONTEND=noninteractive
 apt-get update
 # shellcheck disable=SC2086 # a list of words
 $install
+case $packages in
+*prometheus*) # only its programs are wanted: Debian also starts a server on port 9090, now and at every boot
+    { update-rc.d prometheus disable && service prometheus stop; } ||
+        echo "make system: the package prometheus may have left its server running; see: systemctl status prometheus" >&2
+    ;;
+esac
 POSTCOPY_SYSTEM_INSTALLED=yes exec sh "$0" # is it all there now, and is this Python young enough?

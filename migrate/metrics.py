@@ -14,14 +14,13 @@ from prometheus_client.registry import Collector
 
 from migrate import __version__
 from migrate.dataplane import FAULT_KINDS, FOLDED_BOUNDS_SECONDS, Histogram
-from proto.states import State
+from proto.states import Role, State
 
 if TYPE_CHECKING:
     from migrate.daemon import Daemon
     from migrate.session import Migration
 
 GUESTS_KEPT = 32
-PHASES = {state: number for number, state in enumerate(State)}
 _BOUNDS = [f"{bound:.9g}" for bound in FOLDED_BOUNDS_SECONDS] + ["+Inf"]
 
 
@@ -34,6 +33,7 @@ class GuestTotals:
         self.latency: dict[str, Histogram] = {}
         self.ended: defaultdict[str, int] = defaultdict(int)
         self.errors: defaultdict[str, int] = defaultdict(int)
+        self.pages_lost = 0
         self.downtime_seconds: float | None = None
         self.downtime_uncertainty_seconds = 0.0
 
@@ -42,6 +42,9 @@ class GuestTotals:
         self.ended[str(migration.state)] += 1
         if migration.error is not None:
             self.errors[migration.error.code] += 1
+        # The destination's to say: what the source has sent may not have arrived.
+        if migration.role == Role.DESTINATION and migration.state is State.STALLED:
+            self.pages_lost += migration.pages_total - migration.pages_done()
 
     def add_figures(self, migration: "Migration") -> None:
         figures = migration.figures()
@@ -64,6 +67,7 @@ class GuestTotals:
         for kind, histogram in self.latency.items():
             copied.latency[kind] = Histogram()
             copied.latency[kind].add(histogram)
+        copied.pages_lost = self.pages_lost
         copied.downtime_seconds = self.downtime_seconds
         copied.downtime_uncertainty_seconds = self.downtime_uncertainty_seconds
         return copied
@@ -99,6 +103,11 @@ class DaemonCollector(Collector):
                 current[key].add_figures(migration)
         return current
 
+    def _under_way(self) -> dict[tuple[str, str], "Migration"]:
+        """What has not ended, the newest of each guest: one may have stalled and its guest, begun anew, be on its way again."""
+        migrations = self._daemon.migrations.values()
+        return {(str(migration.role), migration.guest_id): migration for migration in migrations if not migration.ended}
+
     def collect(self) -> Iterator[Metric]:
         daemon = self._daemon
         current = self._current()
@@ -123,20 +132,17 @@ class DaemonCollector(Collector):
             "postcopy_migration_pages_final", "Pages of a running migration that are final here.", labels=labels
         )
         total = GaugeMetricFamily("postcopy_migration_pages", "Pages of a running migration.", labels=labels)
-        for migration in list(daemon.migrations.values()):
-            if migration.ended:
-                continue
-            role = str(migration.role)
-            phase.add_metric([role, migration.guest_id, str(migration.state)], 1)
-            final.add_metric([role, migration.guest_id], migration.pages_done())
-            total.add_metric([role, migration.guest_id], migration.pages_total)
-            if role == "destination":
-                queue.add_metric([migration.guest_id], migration.figures().get("requests_outstanding", 0))
+        for (role, guest), migration in self._under_way().items():
+            phase.add_metric([role, guest, str(migration.state)], 1)
+            final.add_metric([role, guest], migration.pages_done())
+            total.add_metric([role, guest], migration.pages_total)
+            if role == Role.DESTINATION:
+                queue.add_metric([guest], migration.figures().get("requests_outstanding", 0))
         yield from (phase, queue, final, total)
 
         faults = HistogramMetricFamily(
             "postcopy_fault_latency_seconds",
-            "From reading a page fault to its resolution, by kind. The guest waits for two wake-ups more.",
+            "From reading a page fault to its resolution, by kind. The guest waits for two wake-ups more (deploy/README.md).",
             labels=["role", "guest", "kind"],
         )
         pages = CounterMetricFamily("postcopy_pages", "Pages moved, by path.", labels=["role", "guest", "kind"])
@@ -146,6 +152,11 @@ class DaemonCollector(Collector):
         )
         errors = CounterMetricFamily(
             "postcopy_errors", "Migrations that failed, by kind of error.", labels=["role", "guest", "kind"]
+        )
+        lost = CounterMetricFamily(
+            "postcopy_lost_pages",
+            "Pages that a stalled migration left without content here. The source still has them; nobody fetches them yet.",
+            labels=labels,
         )
         downtime = GaugeMetricFamily(
             "postcopy_downtime_seconds", "Of the last migration: last step at the source to first one here.", labels=labels
@@ -165,7 +176,9 @@ class DaemonCollector(Collector):
                 ended.add_metric([role, guest, state], number)
             for kind, number in figures.errors.items():
                 errors.add_metric([role, guest, kind], number)
+            if role == Role.DESTINATION:  # 0 is said too: an alert needs the series before the loss
+                lost.add_metric([role, guest], figures.pages_lost)
             if figures.downtime_seconds is not None:
                 downtime.add_metric([role, guest], figures.downtime_seconds)
                 uncertainty.add_metric([role, guest], figures.downtime_uncertainty_seconds)
-        yield from (faults, pages, moved, ended, errors, downtime, uncertainty)
+        yield from (faults, pages, moved, ended, errors, lost, downtime, uncertainty)

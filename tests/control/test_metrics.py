@@ -15,10 +15,11 @@ from migrate.clock import monotonic_ns
 from migrate.dataplane import FOLDED_BOUNDS_SECONDS, Histogram
 from migrate.metrics import GUESTS_KEPT, DaemonCollector, Totals
 from migrate.pair import DaemonProcess, Pair
+from proto.frame import Frame, FrameKind
 from proto.messages import ClockPing, ClockPong, Prepared, Running, Switchover
 from proto.states import State
 
-from ..failure.fakes import FakeDestination, FakeGuest, place_of
+from ..failure.fakes import FakeDestination, FakeGuest, FakeSource, place_of
 from ..path.commuter import Commuter, until
 
 BUCKETS_MAX = 30
@@ -34,6 +35,7 @@ TYPES = {
     "postcopy_bytes": "counter",
     "postcopy_migrations": "counter",
     "postcopy_errors": "counter",
+    "postcopy_lost_pages": "counter",
     "postcopy_downtime_seconds": "gauge",
     "postcopy_downtime_uncertainty_seconds": "gauge",
 }
@@ -126,6 +128,8 @@ def test_figures_while_it_moves(moved: tuple[Scrape, Scrape, Any, Any]) -> None:
     assert moved[0].value("postcopy_guests", state="leaving") == 1
     assert moved[1].value("postcopy_guests", state="arriving") == 1
     assert 0 <= moved[1].value("postcopy_requests_outstanding") <= 1  # one thread waits for at most one page
+    assert moved[1].value("postcopy_lost_pages_total", role="destination", guest="metered-here") == 0
+    assert not moved[0].families["postcopy_lost_pages"].samples  # the destination's to say
     assert moved[1].by_kind("postcopy_fault_latency_seconds_count")["remote"] >= 20  # before it has ended, too
 
 
@@ -142,6 +146,7 @@ def test_figures_of_an_ended_migration_stay_and_agree(pair: Pair, moved: tuple[S
         assert not scrape.families["postcopy_migration_phase"].samples
         assert not scrape.families["postcopy_errors"].samples
     scrape = Scrape(pair.destination)
+    assert scrape.value("postcopy_lost_pages_total", role="destination", guest="metered-here") == 0
     counts = scrape.by_kind("postcopy_fault_latency_seconds_count", role="destination")
     assert counts == {kind: latency.count for kind, latency in moved[3].faults.items()}
     seconds = scrape.by_kind("postcopy_fault_latency_seconds_sum", role="destination")
@@ -159,6 +164,33 @@ def test_failed_migrations_are_counted_by_what_was_wrong(pair: Pair, moved: obje
         assert scrape.value("postcopy_errors_total", guest="unlucky", kind="no-guest-fits") == 1
         assert scrape.value("postcopy_migrations_total", guest="unlucky", state="failed") == 1
         assert Scrape(pair.destination).value("postcopy_errors_total", guest="unlucky", kind="no-guest-fits") == 1
+
+
+@pytest.mark.requires("uffd")
+def test_pages_that_a_stalled_migration_left_are_counted(pair: Pair, moved: object) -> None:
+    """Of 768 pages 16 came when the source went away. The same guest, begun anew, loses all: one series, which adds up."""
+    lost = {"role": "destination", "guest": "forlorn"}
+
+    def lose(came: int, lost_by_now: int) -> None:
+        with (
+            FakeGuest("forlorn", "waiting", "3M") as guest,
+            FakeSource(pair.destination.address, ((3 << 20, 4096),), "forlorn") as source,
+        ):
+            guest.attach(pair.destination.runtime_dir / "guests.sock")
+            source.until_running(guest)
+            if came:
+                frame = Frame(FrameKind.PAGES, region=0, page_index=0, length_bytes=came * 4096)
+                source.bulk.sendall(frame.encode() + b"x" * frame.length_bytes)
+            until(lambda: Scrape(pair.destination).value("postcopy_migration_pages_final", **lost) == came, "pages are there")
+            source.control.close()
+            until(lambda: pair.destination.log().count('"migration stalled') == (1 if came else 2), "it has stalled")
+            assert Scrape(pair.destination).value("postcopy_migration_phase", **lost, phase="stalled") == 1
+            assert Scrape(pair.destination).value("postcopy_lost_pages_total", **lost) == lost_by_now
+        with pair.destination.client() as client:
+            until(lambda: all(one["id"] != "forlorn" for one in client.guests()), "the guest is gone")
+
+    lose(came=16, lost_by_now=752)
+    lose(came=0, lost_by_now=752 + 768)
 
 
 @pytest.mark.requires("uffd")
