@@ -263,6 +263,8 @@ def follow(memory: Memory, wp: bool) -> dict[str, int]:
                 case PageFault(address, flags) if flags & PageFaultFlag.WP:
                     assert memory.userfaultfd.writeprotect(address, memory.page_bytes, protect=False)
                     seen["protected"] += 1
+                case PageFault() if seen["remove"]:
+                    pass  # read in one go with the discard; unregistering has woken it
                 case PageFault(address):
                     page = (address - memory.address) // memory.page_bytes
                     assert memory.copy(page, page + 1, wp=wp)
