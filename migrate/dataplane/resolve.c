@@ -2,6 +2,8 @@
  *   CONTINUE on a page that is mapped is EEXIST and wakes nobody: UFFDIO_WAKE by hand.
  *   A range that ends early is EAGAIN with mapped > 0, which is progress; the real errno comes with the next call.
  *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry, not for ever.
+ *   UNREGISTER wakes who waits, but a fault that is just entering, under the lock of its VMA alone (6.4), can queue behind that wake and
+ *   would sleep for ever: UFFDIO_WAKE after it, which finds it (tests/kernel/test_forking.py hung on it three times in a hundred).
  *   hugetlbfs has no ZEROPAGE: fallocate gives a cleared page, CONTINUE maps it. */
 #include "resolve.h"
 
@@ -104,5 +106,8 @@ struct resolution resolve_zero(int userfaultfd, const struct region *region, uin
 int resolve_unregister(int userfaultfd, const struct region *region)
 {
     struct uffdio_range range = {.start = region->memory.guest_address, .len = region->memory.size_bytes};
-    return ioctl(userfaultfd, UFFDIO_UNREGISTER, &range) < 0 ? errno : 0;
+    if (ioctl(userfaultfd, UFFDIO_UNREGISTER, &range) < 0)
+        return errno;
+    wake(userfaultfd, range.start, range.len);
+    return 0;
 }

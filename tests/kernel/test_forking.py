@@ -264,7 +264,7 @@ def follow(memory: Memory, wp: bool) -> dict[str, int]:
                     assert memory.userfaultfd.writeprotect(address, memory.page_bytes, protect=False)
                     seen["protected"] += 1
                 case PageFault() if seen["remove"]:
-                    pass  # read in one go with the discard; unregistering has woken it
+                    pass  # it was on its way when the range was let go
                 case PageFault(address):
                     page = (address - memory.address) // memory.page_bytes
                     assert memory.copy(page, page + 1, wp=wp)
@@ -274,6 +274,7 @@ def follow(memory: Memory, wp: bool) -> dict[str, int]:
                     seen["remap"] += 1
                 case Remove(start, end):
                     memory.userfaultfd.unregister(start, end - start)
+                    memory.userfaultfd.wake(start, end - start)  # unregistering can miss one: see migrate/dataplane/resolve.c
                     seen["remove"] += 1
                 case Unmap():
                     seen["unmap"] += 1
