@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections import deque
-from typing import TypeVar, cast, overload
+from typing import NoReturn, TypeVar, cast, overload
 
 from migrate.clock import ClockOffset, estimate, monotonic_ns
 from migrate.errors import AbortedError, ConnectionLostError, DeadlineError, PeerRefusedError
@@ -81,6 +81,10 @@ class ControlConnection(asyncio.Protocol):
     async def receive(self, first: type[_M], /, *, deadline_seconds: float | None = None) -> _M: ...
     @overload
     async def receive(self, first: type[_M], second: type[_N], /, *, deadline_seconds: float | None = None) -> _M | _N: ...
+    @overload
+    async def receive(
+        self, first: type[_M], second: type[_N], third: type[Message], /, *, deadline_seconds: float | None = None
+    ) -> Message: ...
     async def receive(self, *kinds: type[Message], deadline_seconds: float | None = None) -> Message:
         """The next message, which must be of one of the kinds.
 
@@ -94,6 +98,13 @@ class ControlConnection(asyncio.Protocol):
             expected = " or ".join(kind.__name__.lower() for kind in kinds)
             raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())
         return message
+
+    async def watch(self) -> NoReturn:
+        """While nobody receives: raises as soon as the peer, or anything else, ends the migration. What it says besides waits."""
+        while True:
+            self.check()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
 
     async def measure_clock(self, pings: int, deadline_seconds: float) -> ClockOffset:
         """The peer's clock against ours; reads nothing but pongs meanwhile."""

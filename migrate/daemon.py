@@ -31,6 +31,7 @@ from migrate.http import HttpServers
 from migrate.metrics import Totals
 from migrate.network import Address, accept, answer, listen, receive_preamble, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
+from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.region import shape_of, shape_text
 from migrate.session import Migration
 from migrate.source import SourceMigration
@@ -129,7 +130,7 @@ class Daemon:
 
     # --- migrations -------------------------------------------------------------------------------------------------
 
-    def migrate(self, guest_id: str, address: Address, *, bulk: bool = True) -> SourceMigration:
+    def migrate(self, guest_id: str, address: Address, *, bulk: bool = True, precopy: PrecopyPolicy = AUTO) -> SourceMigration:
         """Start moving a guest away. Raises NotFoundError, GuestBusyError, ListenRefusedError."""
         guest = self.guests.get(guest_id)
         if guest is None:
@@ -140,7 +141,13 @@ class Daemon:
             raise GuestBusyError("this daemon", expected="to run on", got="it is ending", code="daemon-ending")
         require_loopback(address, "destination", insecure=self.insecure)
         migration = SourceMigration(
-            guest, address, self.quiet, self._migration_ended, bulk=bulk, congestion_control=self._congestion_control
+            guest,
+            address,
+            self.quiet,
+            self._migration_ended,
+            bulk=bulk,
+            precopy=precopy,
+            congestion_control=self._congestion_control,
         )
         self._start(migration)
         return migration

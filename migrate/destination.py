@@ -1,6 +1,6 @@
 """The destination's half of a migration: take a waiting guest, resume it, resolve its faults until all pages are here.
 
-Not handled yet: precopy (pages HELD), recovery of a lost connection. A migration that loses one after the switchover is
+Not handled yet: recovery of a lost connection. A migration that loses one after the switchover is
 STALLED: the guest stands still on pages that are not here, and nothing is unregistered (P3).
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from migrate import __version__
-from migrate.clock import clock_id
+from migrate.clock import clock_id, monotonic_ns
 from migrate.control import ControlConnection
 from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
 from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
-from migrate.session import Migration
+from migrate.session import Migration, PrecopyInfo
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -32,10 +32,12 @@ from proto.messages import (
     Prepare,
     Prepared,
     Progress,
+    Quiesced,
     Ready,
     Released,
     Resume,
     ResumeFailed,
+    Round,
     Running,
     Switchover,
 )
@@ -82,6 +84,9 @@ class DestinationMigration(Migration):
         self._attached: asyncio.Future[None] = self._loop.create_future()
         self._final: asyncio.Future[None] = self._loop.create_future()
         self._last_step_ns = 0
+        self._precopy = False
+        self._resumed_ns = 0
+        self.rounds_begun = 0
         self._clock_offset_ns = 0
 
     # --- the way of a migration -------------------------------------------------------------------------------------
@@ -98,7 +103,7 @@ class DestinationMigration(Migration):
         except Exception as raised:
             error = self._failed(self.typed(raised))
         finally:
-            self._close()
+            await self._close()
             self.end(error)
 
     async def _accept(self) -> None:
@@ -109,16 +114,51 @@ class DestinationMigration(Migration):
         guest.state = GuestState.ARRIVING
         guest.on_stepped, guest.on_failed = self._stepped, self._control.fail
         self.guest = guest
+        self._precopy = offer.precopy
         self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
+        await self._empty(self._plane)
         self.pages_total = self._plane.figures()["pages_total"]
         self._loop.add_reader(self._plane.final_fd, self._pages_final)
         self.advance(Event.OFFERED)
         self._control.send(
-            Accept(token=self.token, waiting_guest_id=guest.guest_id, clock_id=clock_id(), software=f"postcopy {__version__}")
+            Accept(
+                token=self.token,
+                waiting_guest_id=guest.guest_id,
+                clock_id=clock_id(),
+                software=f"postcopy {__version__}",
+                precopy=offer.precopy,
+            )
         )
         await self._attached_or_closed()
         self.advance(Event.ATTACHED)
         self._control.send(Ready())
+        if self._precopy:
+            self.advance(Event.PRECOPY)
+            await self._hold_pages()
+
+    async def _hold_pages(self) -> None:
+        """Rounds come as long as the source finds them worth it; after its mark nothing is in flight."""
+        assert self._plane is not None
+        marked = asyncio.Event()
+        descriptor = self._plane.marked_fd
+        self._loop.add_reader(descriptor, marked.set)
+        rounds = self._loop.create_task(self._follow_rounds())
+        mark = self._loop.create_task(marked.wait())
+        try:
+            await asyncio.wait({rounds, mark}, return_when="FIRST_COMPLETED")
+            if rounds.done():
+                rounds.result()
+        finally:
+            self._loop.remove_reader(descriptor)
+            for task in (rounds, mark):
+                task.cancel()
+            await asyncio.gather(rounds, mark, return_exceptions=True)
+        self._control.send(Quiesced())
+
+    async def _follow_rounds(self) -> None:
+        """Raises what ends the migration meanwhile."""
+        while True:
+            await self._receive_or_cancel(Round)
 
     async def _attached_or_closed(self) -> None:
         waited: set[asyncio.Future[None]] = {self._attached, self._control.closed}
@@ -142,6 +182,8 @@ class DestinationMigration(Migration):
         self._sockets[kind] = sock
         if kind is ConnectionKind.URGENT:
             self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
+        elif self._precopy:
+            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=True))
         if len(self._sockets) == 2:
             self._attached.set_result(None)
 
@@ -170,6 +212,7 @@ class DestinationMigration(Migration):
             if isinstance(answer, ResumeFailed):  # the agent, the authority on who runs, says that it never will
                 self._abort(answer.reason)
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
+            self._resumed_ns = monotonic_ns()
             self.advance(Event.RUNNING)
             self._control.send(Running(epoch=self.epoch))
         if self.downtime_ns is not None:  # the guest's first step came in one piece with its `running`
@@ -180,7 +223,10 @@ class DestinationMigration(Migration):
         """Only now (P2): a page that came before the guest was paused is not final, and would stay in a guest that waits on."""
         assert self._plane is not None
         plane, sock = self._plane, self._sockets[ConnectionKind.BULK]
-        self.start_loop("receive", lambda: plane.receive_loop(sock.fileno()))
+        if self._precopy:
+            plane.open()
+        else:
+            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=False))
 
     def _check_switchover(self, switchover: Switchover) -> None:
         """The last moment at which this side may say no; it is recorded before it is said (P4)."""
@@ -195,11 +241,17 @@ class DestinationMigration(Migration):
         self.advance(Event.ABORT)
         self._control.send(Aborted(epoch=self.epoch, reason=reason))
 
-    async def _receive_or_cancel(self, kind: type[Prepare] | type[Switchover], deadline_seconds: float) -> object:
-        message = await self._control.receive(kind, Cancel, deadline_seconds=deadline_seconds)
-        if isinstance(message, Cancel):
-            raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
-        return message
+    async def _receive_or_cancel(
+        self, kind: type[Round] | type[Prepare] | type[Switchover], deadline_seconds: float | None = None
+    ) -> object:
+        while True:
+            message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            if isinstance(message, Cancel):
+                raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
+            if isinstance(message, Round):  # may come behind its own pages, and behind the mark: that is another connection
+                self.rounds_begun = message.number
+            if isinstance(message, kind):
+                return message
 
     async def _until_final(self) -> None:
         """Every page is final, or the control connection says why that will not be."""
@@ -239,6 +291,7 @@ class DestinationMigration(Migration):
                 downtime_uncertainty_ns=self.downtime_uncertainty_ns,
                 faults=self.faults,
                 pages=self.pages_by_path(),
+                stale_window_ns=self.stale_window_ns(),
             )
         )
         self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
@@ -296,7 +349,6 @@ class DestinationMigration(Migration):
             self._control.refuse(error)
         if self.guest is not None:
             self.guest.on_stepped = self.guest.on_failed = None
-            self.guest.state = GuestState.WAITING
         self.log.warning("migration did not happen", reason=str(error), peer=self.peer)
         return error
 
@@ -316,19 +368,45 @@ class DestinationMigration(Migration):
             for kind, histogram in self._latency.items()
         }
 
-    def _close(self) -> None:
+    async def _close(self) -> None:
         if self._plane is not None:
             self._loop.remove_reader(self._plane.final_fd)
             self._plane.stop()
             self.join_loops()
             self._summarize()
+        await self._give_back()
+        if self._plane is not None:
             self._plane.close()
             self._plane = None
         for sock in self._sockets.values():
             sock.close()
         self._control.close()
 
+    async def _empty(self, plane: DestinationPlane) -> None:
+        """Nothing is in the guest's memory but what this migration brings. Raises DataPlaneError."""
+        result = await self.on_own_thread("clean", plane.clean)
+        self.join_loops()
+        if result.reason != "finished":
+            raise result.error()
+
+    async def _give_back(self) -> None:
+        """A guest whose migration did not happen waits for another one, with nothing of this one in its memory."""
+        if self.guest is None or self.state not in (State.FAILED, State.CANCELLED, State.ABORTED):
+            return
+        try:
+            if self._plane is not None:
+                await self._empty(self._plane)
+            self.guest.state = GuestState.WAITING
+        except PostcopyError as error:
+            self.guest.state = GuestState.LOST
+            self.log.error("the waiting guest could not be emptied: restart it", reason=str(error))
+
     # --- figures ----------------------------------------------------------------------------------------------------
+
+    def stale_window_ns(self) -> int | None:
+        """From the guest's resumption to when every held page was known final or stale; None without precopy."""
+        settled_ns = self.figures().get("settled_ns", 0)
+        return max(0, settled_ns - self._resumed_ns) if settled_ns else None
 
     def latency(self, kind: FaultKind) -> Histogram:
         return self._plane.latency(kind) if self._plane is not None else self._latency.get(kind, Histogram())
@@ -337,11 +415,27 @@ class DestinationMigration(Migration):
         return self._plane.figures() if self._plane is not None else self._figures
 
     def pages_done(self) -> int:
-        return self.figures().get("pages_final", 0)
+        figures = self.figures()
+        return max(figures.get("pages_final", 0), figures.get("pages_held", 0) if self.state is State.PRECOPY else 0)
 
     def pages_by_path(self) -> dict[str, int]:
         figures = self.figures()
-        return {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "bulk", "zero")}
+        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "bulk", "zero")}
+        return {**by_path, "precopy": figures.get("pages_kept", 0)}
+
+    def precopy_info(self) -> PrecopyInfo | None:
+        if not self._precopy:
+            return None
+        figures = self.figures()
+        window_ns = self.stale_window_ns()
+        return PrecopyInfo(
+            rounds_begun=self.rounds_begun,
+            rounds=[],
+            bytes_moved=figures.get("bytes_precopy", 0),
+            stale_pages=figures.get("pages_stale", 0),
+            stale_window_seconds=None if window_ns is None else window_ns / 1e9,
+            faults_held=figures.get("faults_held", 0),
+        )
 
     def faults_count(self) -> int:
         figures = self.figures()

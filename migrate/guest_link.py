@@ -26,6 +26,10 @@ from proto.messages import (
     Message,
     Refused,
     Stepped,
+    Track,
+    TrackFailed,
+    Tracking,
+    Untrack,
     Welcome,
     encode,
     guest_decoder,
@@ -64,6 +68,7 @@ class GuestLink:
         self.state = GuestState.WAITING
         self.regions: list[MemoryRegion] = []
         self.userfaultfd = -1
+        self.pagemap_fd = -1
         self.gone = False
         self.failure: str | None = None
         self.on_stepped: Callable[[int], None] | None = None
@@ -119,6 +124,38 @@ class GuestLink:
         """A switchover is next: the agent and this path to it are awake and warm afterwards."""
         await self.request(GuestPrepare(), GuestPrepared, GuestPrepared, deadline_seconds=deadline_seconds)
 
+    @property
+    def untrackable(self) -> str | None:
+        """Why precopy is not for this guest; None where it may be."""
+        assert self.hello is not None
+        if self.hello.declares:
+            return f"the guest declares {', '.join(self.hello.declares)}: its writes cannot all be seen"
+        return None if "tracking" in self.hello.offers else "the guest does not offer tracking"
+
+    async def track(self, deadline_seconds: float) -> str | None:
+        """Have the guest's writes be seen, by ``pagemap_fd``; or why that cannot be. Raises GuestGoneError, DeadlineError."""
+        answer = await self.request(Track(), Tracking, TrackFailed, deadline_seconds=deadline_seconds)
+        if isinstance(answer, TrackFailed):
+            return answer.reason
+        if self.pagemap_fd < 0:
+            return "the guest passed no pagemap"
+        name = os.readlink(f"/proc/self/fd/{self.pagemap_fd}")
+        if not (name.startswith("/proc/") and name.endswith("/pagemap")):
+            self._close_pagemap()
+            return f"the guest passed {name}, not its pagemap"
+        return None
+
+    def untrack(self) -> None:
+        """After a migration that came to nothing."""
+        if self.pagemap_fd >= 0:
+            self._close_pagemap()
+            self.send(Untrack())
+
+    def _close_pagemap(self) -> None:
+        if self.pagemap_fd >= 0:
+            os.close(self.pagemap_fd)
+            self.pagemap_fd = -1
+
     def _readable(self) -> None:
         try:
             data, descriptors, flags, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, REGIONS_MAX + 1, socket.MSG_CMSG_CLOEXEC)
@@ -126,6 +163,8 @@ class GuestLink:
             return
         except OSError:
             data, descriptors, flags = b"", [], 0
+        if self._pending and Tracking in self._pending[0] and len(descriptors) == 1 and self.pagemap_fd < 0:
+            self.pagemap_fd = descriptors.pop()
         if self.hello is not None and descriptors:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -248,7 +287,8 @@ class GuestLink:
         self._on_gone(self)
 
     def release(self) -> None:
-        """Close the memory files and the userfaultfd."""
+        """Close the memory files, the userfaultfd and the pagemap."""
+        self._close_pagemap()
         for descriptor in self._descriptors:
             with contextlib.suppress(OSError):
                 os.close(descriptor)

@@ -50,7 +50,7 @@ class GuestTotals:
         figures = migration.figures()
         for path, pages in migration.pages_by_path().items():
             self.pages[path] += pages
-        for path in ("urgent", "bulk"):
+        for path in ("urgent", "bulk", "precopy"):
             self.bytes_moved[path] += figures.get(f"bytes_{path}", 0)
         if migration.downtime_ns is not None:
             self.downtime_seconds = migration.downtime_ns / 1e9

@@ -206,11 +206,18 @@ class Pair:
         return child
 
     def move(
-        self, guest_id: str, leaves: DaemonProcess, reaches: DaemonProcess, *, bulk: bool = True, deadline_seconds: float = 60
+        self,
+        guest_id: str,
+        leaves: DaemonProcess,
+        reaches: DaemonProcess,
+        *,
+        bulk: bool = True,
+        precopy: str | int = "auto",
+        deadline_seconds: float = 60,
     ) -> MigrationStatus:
         """Migrate and wait until it has settled; away from one daemon, to the other."""
         with leaves.client() as client:
-            status = client.migrate(guest_id, reaches.address, bulk=bulk)
+            status = client.migrate(guest_id, reaches.address, bulk=bulk, precopy=precopy)
             return wait_settled(client, status.id, deadline_seconds)
 
 

@@ -47,6 +47,30 @@ class FaultLatency(BaseModel):
         )
 
 
+class RoundInfo(BaseModel):
+    """One round of precopy, once it has been sent."""
+
+    number: int
+    pages_sent: int
+    pages_written: Annotated[int, Field(description="By the guest, since what was sent had been armed.")]
+    bytes_written: int
+    elapsed_seconds: Annotated[float, Field(description="Since precopy began.")]
+
+
+class PrecopyInfo(BaseModel):
+    """What crossed while the guest still ran at the source."""
+
+    rounds_begun: int
+    rounds: Annotated[list[RoundInfo], Field(description="Known at the source, which decides on them.")]
+    bytes_moved: int
+    stale_pages: Annotated[int, Field(description="Written again after they had been sent, as found when the guest was paused.")]
+    stale_window_seconds: Annotated[
+        float | None,
+        Field(description="From the guest's resumption to when each precopied page was known stale or final."),
+    ]
+    faults_held: Annotated[int, Field(description="In that window, on pages that were here: the source was asked.")]
+
+
 class MigrationStatus(BaseModel):
     """A migration at one moment, in base units. Wall-clock times are for people; durations come from the monotonic clock."""
 
@@ -63,7 +87,7 @@ class MigrationStatus(BaseModel):
     ended_at: Annotated[AwareDatetime | None, Field(description="When it settled.")]
     pages_total: int
     pages_done: Annotated[int, Field(description="Source: sent. Destination: final in the guest's memory.")]
-    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero.")]
+    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero, precopy.")]
     bytes_moved: int
     faults_count: int
     faults: Annotated[dict[str, FaultLatency], Field(description="By kind, once it is complete.")]
@@ -74,6 +98,8 @@ class MigrationStatus(BaseModel):
         float | None, Field(description="The guest's: last step at the source to first step at the destination.")
     ]
     downtime_uncertainty_seconds: Annotated[float, Field(description="How far off it may be, from the clocks of two hosts.")]
+    precopy: Annotated[PrecopyInfo | None, Field(description="None: every page crosses after the switchover.")]
+    switched_because: Annotated[str, Field(description="At the source: why precopy ended when it did, or why there was none.")]
     error: ErrorFacts | None
     timeline_seconds: Annotated[dict[str, float], Field(description="When each state was first reached, after the start.")]
 
@@ -90,6 +116,7 @@ class Migration:
         self.state = State.NEW
         self.epoch = 0
         self.error: ErrorFacts | None = None
+        self.switched_because = ""
         self.pages_total = 0
         self.downtime_ns: int | None = None
         self.downtime_uncertainty_ns = 0
@@ -198,11 +225,14 @@ class Migration:
     def faults_count(self) -> int:
         raise NotImplementedError
 
+    def precopy_info(self) -> PrecopyInfo | None:
+        raise NotImplementedError
+
     def status(self) -> MigrationStatus:
         now_ns = self._ended_ns or monotonic_ns()
         figures = self.figures()
-        moved_bytes = figures.get("bytes_urgent", 0) + figures.get("bytes_bulk", 0)
-        since_ns = self._timeline.get("switchover", now_ns)
+        moved_bytes = sum(figures.get(f"bytes_{path}", 0) for path in ("urgent", "bulk", "precopy"))
+        since_ns = self._timeline.get("precopy", self._timeline.get("switchover", now_ns))
         streaming_seconds = max(now_ns - since_ns, 0) / 1e9
         done = self.pages_done()
         rate = done / streaming_seconds if streaming_seconds > 0 else 0.0
@@ -228,6 +258,8 @@ class Migration:
             eta_seconds=left / rate if rate > 0 and not self.settled else None,
             downtime_seconds=None if self.downtime_ns is None else self.downtime_ns / 1e9,
             downtime_uncertainty_seconds=self.downtime_uncertainty_ns / 1e9,
+            precopy=self.precopy_info(),
+            switched_because=self.switched_because,
             error=self.error,
             timeline_seconds={state: (at_ns - self._started_ns) / 1e9 for state, at_ns in self._timeline.items()},
         )

@@ -1,14 +1,16 @@
 """The source's half of a migration: offer, connect, switch over, serve pages until the destination has them all.
 
-Not handled yet: precopy (the state has its place), more than one bulk connection, recovery of a lost connection. A
-migration that loses one after the switchover is STALLED: the guest stays paused here, its pages kept.
+Not handled yet: more than one bulk connection, recovery of a lost connection. A migration that loses one after the
+switchover is STALLED: the guest stays paused here, its pages kept.
 """
 
 import asyncio
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 
 from migrate import __version__
 from migrate.clock import PINGS, SAME_CLOCK, clock_id
@@ -25,7 +27,8 @@ from migrate.errors import (
 )
 from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect, greet
-from migrate.session import Migration
+from migrate.precopy import AUTO, PrecopyPolicy, RoundFigures, reason_to_switch
+from migrate.session import Migration, PrecopyInfo, RoundInfo
 from migrate.switchover import Quiet, rehearse
 from proto.messages import (
     Accept,
@@ -40,9 +43,11 @@ from proto.messages import (
     Prepare,
     Prepared,
     Progress,
+    Quiesced,
     Ready,
     Released,
     Resume,
+    Round,
     Running,
     Switchover,
 )
@@ -51,6 +56,8 @@ from proto.states import CANCELLABLE, Event, Role, State
 
 ANSWER_DEADLINE_SECONDS = 10.0
 PAUSE_DEADLINE_SECONDS = 1.0
+PEER_REASON_SECONDS = 1.0
+"""How long the word on the control connection may come after the end of a data connection."""
 FIRST_STEP_SECONDS = 0.005
 """How long bulk waits for word of the guest's first step at the destination."""
 
@@ -68,12 +75,17 @@ class SourceMigration(Migration):
         on_end: Callable[[Migration], None],
         *,
         bulk: bool = True,
+        precopy: PrecopyPolicy = AUTO,
         congestion_control: str | None = None,
     ) -> None:
         super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
         self.guest = guest
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk = bulk
+        self.precopy = precopy
+        self.rounds: list[RoundFigures] = []
+        self._stale_window_ns: int | None = None
+        self._tracked = False
         self._congestion_control = congestion_control
         self._address = address
         self._quiet = quiet
@@ -93,6 +105,9 @@ class SourceMigration(Migration):
         try:
             await self._connect()
             await self._attach()
+            if self._tracked:
+                await self._precopy()
+            self._begin_stream()
             await self._switch_over()
             await self._serve_until_complete()
         except asyncio.CancelledError:
@@ -112,12 +127,23 @@ class SourceMigration(Migration):
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
         assert self.guest.hello is not None
+        await self._track()
         regions = [OfferedRegion(size_bytes=r.size_bytes, page_bytes=r.page_bytes) for r in self.guest.hello.regions]
         our_clock = clock_id()
-        self._control.send(Offer(guest_id=self.guest_id, regions=regions, clock_id=our_clock, software=f"postcopy {__version__}"))
+        self._control.send(
+            Offer(
+                guest_id=self.guest_id,
+                regions=regions,
+                clock_id=our_clock,
+                software=f"postcopy {__version__}",
+                precopy=self._tracked,
+            )
+        )
         accept = await self._control.receive(Accept, deadline_seconds=ANSWER_DEADLINE_SECONDS)
         self.advance(Event.ACCEPTED)
         self._token = accept.token
+        if self._tracked and not accept.precopy:
+            self._no_precopy("the destination does not take part")
         if accept.clock_id != our_clock:
             self._clock = await self._control.measure_clock(PINGS, ANSWER_DEADLINE_SECONDS)
 
@@ -127,11 +153,80 @@ class SourceMigration(Migration):
         plane = self._plane
         for kind in (ConnectionKind.URGENT, ConnectionKind.BULK):
             self._sockets.append(await self._dial(kind, self._token))
-        urgent, bulk = self._sockets
+        urgent, _ = self._sockets
         self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
-        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))
         await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)
         self.advance(Event.ATTACHED)
+
+    def _begin_stream(self) -> None:
+        assert self._plane is not None
+        plane, bulk = self._plane, self._sockets[1]
+        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))
+
+    # --- precopy ----------------------------------------------------------------------------------------------------
+
+    async def _track(self) -> None:
+        """Whether there is precopy, and if it was wanted and cannot be, why; said once."""
+        if self.precopy.rounds == 0 or not self.bulk:
+            self.switched_because = "no precopy was asked for"
+            return
+        why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS)
+        if why is not None:
+            self._no_precopy(why)
+        else:
+            self._tracked = True
+
+    def _no_precopy(self, why: str) -> None:
+        self._tracked = False
+        self.guest.untrack()
+        self.switched_because = f"no precopy: {why}"
+        self.log.warning("no precopy: every page is fetched or streamed after the switchover", reason=why)
+
+    async def _precopy(self) -> None:
+        """Rounds while the guest runs on, until another one is not worth it; then no precopied page is in flight any more."""
+        assert self._plane is not None
+        assert self._control is not None
+        plane, bulk = self._plane, self._sockets[1]
+        self.advance(Event.PRECOPY)
+        plane.track(self.guest.pagemap_fd)
+        begun = time.monotonic()
+        await self._precopy_call(plane.precopy_arm)
+        while True:
+            pages = plane.figures()["pages_pending"]
+            self._control.send(Round(number=len(self.rounds) + 1, pages=pages))
+            await self._precopy_call(lambda: plane.precopy_send(bulk.fileno()))
+            await self._precopy_call(plane.precopy_count)
+            figures = plane.figures()
+            written = figures["pages_written"], figures["bytes_written"]
+            self.rounds.append(RoundFigures(len(self.rounds) + 1, pages, *written, time.monotonic() - begun))
+            why = reason_to_switch(self.precopy, self.rounds[-1])
+            if why is not None:
+                break
+            await self._precopy_call(plane.precopy_collect)
+        self.switched_because = why
+        await self._precopy_call(lambda: plane.precopy_end(bulk.fileno()))
+        await self._control.receive(Quiesced)  # behind megabytes on a slow link: a peer that is gone ends the connection instead
+
+    async def _precopy_call(self, call: Callable[[], LoopResult]) -> None:
+        """One step of a round on a thread of its own, given up as soon as the peer or the guest ends the migration."""
+        assert self._control is not None
+        step = self._loop.create_task(self.on_own_thread("precopy", call))
+        watch = self._loop.create_task(self._control.watch())
+        try:
+            await asyncio.wait({step, watch}, return_when="FIRST_COMPLETED")
+            if not step.done():
+                watch.result()
+            result = step.result()
+            if result.reason != "finished":
+                await asyncio.wait({watch}, timeout=PEER_REASON_SECONDS if result.reason == "peer-closed" else 0)
+                self._control.check()
+                raise result.error()
+        finally:
+            for task in (step, watch):
+                task.cancel()
+            await asyncio.gather(step, watch, return_exceptions=True)
+
+    # --- switchover -------------------------------------------------------------------------------------------------
 
     async def _switch_over(self) -> None:
         """Pause here, run there: the guest stands still between the first and the last line of the block."""
@@ -181,6 +276,7 @@ class SourceMigration(Migration):
                 break
             self._faults_there = message.faults
         self.faults = dict(message.faults)
+        self._stale_window_ns = message.stale_window_ns
         self._faults_there = sum(summary.count for summary in message.faults.values())
         self.advance(Event.COMPLETE)
         self._control.send(Released())
@@ -218,7 +314,7 @@ class SourceMigration(Migration):
             self._control.fail(error)
         else:  # the destination closes data connections only after `released`; its reason may be on the way by control
             lost = ConnectionLostError(f"{result.loop} connection", expected="to stay", got=str(error))
-            self._loop.call_later(1.0, self._control.fail, lost)
+            self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, lost)
 
     def guest_gone(self) -> None:
         """Before the switchover this ends the migration; after it the daemon still holds the memory."""
@@ -258,6 +354,8 @@ class SourceMigration(Migration):
         if self._paused:
             self.guest.send(Resume(epoch=self.epoch, state=None))
         self._paused = False
+        self._stop_loops()  # before the pagemap is closed
+        self.guest.untrack()
         self.guest.on_failed = None
         self.guest.state = GuestState.RUNNING
 
@@ -284,12 +382,28 @@ class SourceMigration(Migration):
 
     def pages_done(self) -> int:
         figures = self.figures()
+        if self.state is State.PRECOPY:
+            return self.pages_total - figures.get("pages_pending", 0)
         return self.pages_total if self.state is State.COMPLETE else figures.get("pages_sent", 0)
 
     def pages_by_path(self) -> dict[str, int]:
         figures = self.figures()
         zero = figures.get("pages_zero_urgent", 0) + figures.get("pages_zero_bulk", 0)
-        return {"urgent": figures.get("pages_urgent", 0), "bulk": figures.get("pages_bulk", 0), "zero": zero}
+        precopy = figures.get("pages_precopy", 0) + figures.get("pages_zero_precopy", 0)  # copies, one a round
+        return {"urgent": figures.get("pages_urgent", 0), "bulk": figures.get("pages_bulk", 0), "zero": zero, "precopy": precopy}
+
+    def precopy_info(self) -> PrecopyInfo | None:
+        if State.PRECOPY not in self._timeline:
+            return None
+        figures = self.figures()
+        return PrecopyInfo(
+            rounds_begun=len(self.rounds) + (self.state is State.PRECOPY),
+            rounds=[RoundInfo(**asdict(one)) for one in self.rounds],
+            bytes_moved=figures.get("bytes_precopy", 0),
+            stale_pages=figures.get("pages_stale", 0),
+            stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
+            faults_held=0,
+        )
 
     def faults_count(self) -> int:
         return max(self._faults_there, self.figures().get("requests", 0))

@@ -17,8 +17,9 @@ enum frame_kind {
     FRAME_REQUEST = 1, /* destination -> source: send these pages; no payload */
     FRAME_PAGES = 2,   /* source -> destination: length_bytes of payload follow */
     FRAME_ZERO = 3,    /* source -> destination: length_bytes of memory are zero; no payload */
-    FRAME_FINAL = 4,   /* reserved: "what you hold is final" (precopy) */
-    FRAME_MARK = 5,    /* reserved: end of precopy on this connection */
+    FRAME_STALE = 4,   /* source -> destination: a bit a page of length_bytes of memory follows; set: what you hold is old */
+    FRAME_MARK = 5,    /* source -> destination: end of precopy on this connection; all fields behind kind are zero */
+    FRAME_LACKS = 6,   /* destination -> source: a bit a page of length_bytes of memory follows; set: not here */
 };
 
 #define FRAME_FLAG_MORE 0x01u /* reserved: more chunks of this page follow */
@@ -70,6 +71,18 @@ static inline struct frame_verdict frame_check(const struct frame_header *frame,
         return (struct frame_verdict){FRAME_FIELD_REGION, region_count, frame->region};
     if (frame->offset_bytes != 0)
         return (struct frame_verdict){FRAME_FIELD_OFFSET, 0, frame->offset_bytes};
+    return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
+}
+
+/* A mark stands for the whole connection: it names no page. */
+static inline struct frame_verdict frame_check_mark(const struct frame_header *frame)
+{
+    if (frame->region != 0)
+        return (struct frame_verdict){FRAME_FIELD_REGION, 0, frame->region};
+    if (frame->page_index != 0)
+        return (struct frame_verdict){FRAME_FIELD_PAGE_INDEX, 0, frame->page_index};
+    if (frame->length_bytes != 0)
+        return (struct frame_verdict){FRAME_FIELD_LENGTH, 0, frame->length_bytes};
     return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
 }
 

@@ -16,8 +16,9 @@ class FrameKind(IntEnum):
     REQUEST = 1
     PAGES = 2
     ZERO = 3
-    FINAL = 4  # reserved
-    MARK = 5  # reserved
+    STALE = 4
+    MARK = 5
+    LACKS = 6
 
 
 ACCEPTED_BY_SOURCE = frozenset({FrameKind.REQUEST})

@@ -57,6 +57,7 @@ class Offer(Message):
     regions: Annotated[list[OfferedRegion], Field(min_length=1, max_length=REGIONS_MAX)]
     clock_id: Text
     software: Text
+    precopy: bool = False
 
 
 class Accept(Message):
@@ -67,6 +68,7 @@ class Accept(Message):
     waiting_guest_id: Name
     clock_id: Text
     software: Text
+    precopy: bool = False
 
 
 class Refused(Message):
@@ -94,6 +96,20 @@ class Ready(Message):
     """destination -> source: urgent and bulk connections are attached."""
 
     type: Literal["ready"] = "ready"
+
+
+class Round(Message):
+    """source -> destination, in precopy: a round begins; so many pages are to be sent."""
+
+    type: Literal["round"] = "round"
+    number: Count
+    pages: Count
+
+
+class Quiesced(Message):
+    """destination -> source: the mark has come on every bulk connection; no precopied page is in flight."""
+
+    type: Literal["quiesced"] = "quiesced"
 
 
 class Prepare(Message):
@@ -162,6 +178,7 @@ class Complete(Message):
     downtime_uncertainty_ns: MonotonicNs
     faults: Annotated[dict[FaultKind, LatencySummary], Field(max_length=3)]
     pages: Annotated[dict[Name, Count], Field(max_length=32)]
+    stale_window_ns: Count | None = None
 
 
 class Released(Message):
@@ -178,8 +195,8 @@ class Cancel(Message):
 
 
 ControlMessage = Annotated[
-    Offer | Accept | Refused | ClockPing | ClockPong | Ready | Prepare | Prepared | Switchover | Running | Aborted | Progress
-    | Complete | Released | Cancel,
+    Offer | Accept | Refused | ClockPing | ClockPong | Ready | Round | Quiesced | Prepare | Prepared | Switchover | Running
+    | Aborted | Progress | Complete | Released | Cancel,
     Field(discriminator="type"),
 ]  # fmt: skip
 
@@ -246,6 +263,31 @@ class GuestPrepared(Message):
     type: Literal["prepared"] = "prepared"
 
 
+class Track(Message):
+    """daemon -> agent, to a running guest that offers ``tracking``: from now on its writes are to be seen."""
+
+    type: Literal["track"] = "track"
+
+
+class Tracking(Message):
+    """agent -> daemon, the guest's pagemap attached: its memory is registered for asynchronous write protection."""
+
+    type: Literal["tracking"] = "tracking"
+
+
+class TrackFailed(Message):
+    """agent -> daemon: it cannot be, and why; the guest is moved without precopy."""
+
+    type: Literal["track_failed"] = "track_failed"
+    reason: Text
+
+
+class Untrack(Message):
+    """daemon -> agent: the migration came to nothing; writes need not be seen any more."""
+
+    type: Literal["untrack"] = "untrack"
+
+
 class Pause(Message):
     """daemon -> agent: stop between two steps; answer ``paused`` or ``pause_failed`` before the deadline."""
 
@@ -309,8 +351,8 @@ class GuestFailed(Message):
 
 
 GuestMessage = Annotated[
-    Hello | Welcome | Refused | GuestPrepare | GuestPrepared | Pause | Paused | PauseFailed | Resume | ResumeFailed | Running
-    | Stepped | GuestComplete | GuestReleased | GuestFailed,
+    Hello | Welcome | Refused | GuestPrepare | GuestPrepared | Track | Tracking | TrackFailed | Untrack | Pause | Paused
+    | PauseFailed | Resume | ResumeFailed | Running | Stepped | GuestComplete | GuestReleased | GuestFailed,
     Field(discriminator="type"),
 ]  # fmt: skip
 

@@ -1,7 +1,4 @@
-"""The states of a migration in both roles, and the one function that changes them. Diagrams: PROTOCOL.md.
-
-A state not yet reached by any transition (PRECOPY) keeps its place for precopy.
-"""
+"""The states of a migration in both roles, and the one function that changes them. Diagrams: PROTOCOL.md."""
 
 from enum import StrEnum
 
@@ -18,7 +15,7 @@ class State(StrEnum):
     CONNECTING = "connecting"  # source: TCP and preamble; offer sent
     ATTACHING = "attaching"  # accepted: urgent and bulk connections are being made
     READY = "ready"  # all connections stand; source: the guest runs here; destination: waits
-    PRECOPY = "precopy"  # reserved
+    PRECOPY = "precopy"  # rounds of pages are sent while the guest runs at the source
     PREPARING = "preparing"  # everything else is held back for the switchover
     PAUSING = "pausing"  # source: the guest has been told to pause
     SWITCHOVER = "switchover"  # source: the message may have been sent. destination: resume may have been sent
@@ -35,6 +32,7 @@ class Event(StrEnum):
     OFFERED = "offered"
     ACCEPTED = "accepted"
     ATTACHED = "attached"
+    PRECOPY = "precopy"
     PREPARE = "prepare"
     PAUSE = "pause"
     SWITCHOVER_RECORDED = "switchover_recorded"
@@ -48,12 +46,15 @@ class Event(StrEnum):
 
 
 S, E = State, Event
+_BEFORE_PAUSE = (S.NEW, S.CONNECTING, S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)
 TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
     Role.SOURCE: {
         (S.NEW, E.CONNECT): S.CONNECTING,
         (S.CONNECTING, E.ACCEPTED): S.ATTACHING,
         (S.ATTACHING, E.ATTACHED): S.READY,
+        (S.READY, E.PRECOPY): S.PRECOPY,
         (S.READY, E.PREPARE): S.PREPARING,
+        (S.PRECOPY, E.PREPARE): S.PREPARING,
         (S.PREPARING, E.PAUSE): S.PAUSING,
         (S.PAUSING, E.SWITCHOVER_RECORDED): S.SWITCHOVER,
         (S.SWITCHOVER, E.RUNNING): S.POSTCOPY,
@@ -61,13 +62,15 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
         (S.SWITCHOVER, E.LOST): S.STALLED,
         (S.POSTCOPY, E.LOST): S.STALLED,
         (S.POSTCOPY, E.COMPLETE): S.COMPLETE,
-        **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.CONNECTING, S.ATTACHING, S.READY, S.PREPARING, S.PAUSING)},
-        **{(state, E.CANCEL): S.CANCELLED for state in (S.NEW, S.CONNECTING, S.ATTACHING, S.READY, S.PREPARING)},
+        **{(state, E.CANCEL): S.CANCELLED for state in _BEFORE_PAUSE},
+        **{(state, E.FAILURE): S.FAILED for state in (*_BEFORE_PAUSE, S.PAUSING)},
     },
     Role.DESTINATION: {
         (S.NEW, E.OFFERED): S.ATTACHING,
         (S.ATTACHING, E.ATTACHED): S.READY,
+        (S.READY, E.PRECOPY): S.PRECOPY,
         (S.READY, E.PREPARE): S.PREPARING,
+        (S.PRECOPY, E.PREPARE): S.PREPARING,
         (S.PREPARING, E.RESUME_RECORDED): S.SWITCHOVER,
         (S.PREPARING, E.ABORT): S.ABORTED,
         (S.SWITCHOVER, E.RUNNING): S.POSTCOPY,
@@ -75,8 +78,8 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
         (S.SWITCHOVER, E.LOST): S.STALLED,
         (S.POSTCOPY, E.LOST): S.STALLED,
         (S.POSTCOPY, E.COMPLETE): S.COMPLETE,
-        **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.ATTACHING, S.READY, S.PREPARING)},
-        **{(state, E.CANCEL): S.CANCELLED for state in (S.ATTACHING, S.READY, S.PREPARING)},
+        **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)},
+        **{(state, E.CANCEL): S.CANCELLED for state in (S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)},
     },
 }
 

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, runtime_dir_of
 from migrate.client import DaemonClient, ServerEvent
+from migrate.guest.memory import size_bytes_of
+from migrate.precopy import AUTO
 from migrate.session import MigrationStatus
 
 LINE_SECONDS = 1.0
@@ -30,11 +32,23 @@ def migrate(
     to: Annotated[str, typer.Argument(help="HOST:PORT of the destination daemon.")],
     daemon: DaemonOption = "source",
     bulk: Annotated[bool, typer.Option(help="--no-bulk: pages cross only when the guest touches them.")] = True,
+    precopy: Annotated[str, typer.Option(help="auto, off, or a number of rounds while the guest still runs here.")] = "auto",
+    max_rounds: Annotated[int, typer.Option(min=1, max=1000, help="Of --precopy auto.")] = AUTO.rounds_max,
+    max_stale: Annotated[
+        str, typer.Option("--max-stale-bytes", help="SIZE: so few stale bytes are switched over at once.")
+    ] = "1M",
+    deadline: Annotated[float | None, typer.Option(min=0.001, help="Seconds of precopy, at most.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Move a guest to another daemon, and show how it goes until it is whole there."""
+    options = {
+        "precopy": int(precopy) if precopy.isascii() and precopy.isdigit() else precopy,
+        "max_rounds": max_rounds,
+        "max_stale_bytes": size_bytes_of(max_stale),
+        "deadline_seconds": deadline,
+    }
     with DaemonClient(runtime_dir_of(daemon)) as client:
-        begun = client.migrate(guest, to, bulk=bulk)
+        begun = client.migrate(guest, to, bulk=bulk, **options)
         ended = _watch(client, begun, quiet=as_json)
     typer.echo(ended.model_dump_json(indent=2) if as_json else "", nl=as_json)
     if not as_json:
@@ -99,6 +113,12 @@ def summary(ended: MigrationStatus) -> None:
         if latency.count:
             text = f"p50 {seconds(latency.p50_seconds)}, p99 {seconds(latency.p99_seconds)}, max {seconds(latency.max_seconds)}"
             table.add_row(f"{kind} faults", f"{latency.count}: {text}")
+    if ended.precopy is not None:
+        held, rounds = ended.precopy, len(ended.precopy.rounds) or ended.precopy.rounds_begun
+        window = "" if held.stale_window_seconds is None else f", known {seconds(held.stale_window_seconds)} after it ran on"
+        table.add_row("precopy", f"{rounds} rounds, {held.bytes_moved / 1e6:.1f} MB; {held.stale_pages} pages stale{window}")
+    if ended.switched_because:
+        table.add_row("switched", ended.switched_because)
     table.add_row("pages", ", ".join(f"{number} {path}" for path, number in ended.pages.items()) + f" of {ended.pages_total}")
     table.add_row("moved", f"{ended.bytes_moved / 1e6:.1f} MB at {ended.bytes_per_second / 1e6:.0f} MB/s")
     table.add_row("total time", seconds(ended.elapsed_seconds))

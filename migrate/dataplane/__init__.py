@@ -24,6 +24,7 @@ REASONS: dict[int, str] = {
     lib.LOOP_USERFAULTFD_FAILED: "userfaultfd-failed",
     lib.LOOP_GUEST_GONE: "guest-gone",
     lib.LOOP_INCOMPLETE: "incomplete",
+    lib.LOOP_TRACKING_FAILED: "tracking-failed",
 }
 FRAME_FIELDS = ("", "magic", "kind", "flags", "region", "page_index", "offset_bytes", "length_bytes")
 PEER_FAULTS = frozenset({"frame-invalid", "page-unasked", "page-duplicate"})
@@ -187,14 +188,27 @@ class DestinationPlane(_Plane):
     def fault_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("fault", lib.fault_loop, urgent_socket)
 
-    def receive_loop(self, bulk_socket: int) -> LoopResult:
-        return self._run("receive", lib.receive_loop, bulk_socket)
+    def receive_loop(self, bulk_socket: int, *, precopy: bool) -> LoopResult:
+        return self._run("receive", lib.receive_loop, bulk_socket, precopy)
+
+    def open(self) -> None:
+        """The guest has been resumed here: what comes by bulk from now on is final (P2)."""
+        lib.destination_open(self._pointer)
+
+    def clean(self) -> LoopResult:
+        """Before a migration, and after one that came to nothing: the waiting memory is empty."""
+        return self._run("clean", lib.destination_clean)
 
     def finish(self) -> LoopResult:
         return self._run("finish", lib.destination_finish)
 
     def stop(self) -> None:
         lib.destination_stop(self._pointer)
+
+    @property
+    def marked_fd(self) -> int:
+        """Readable once no precopied byte is in flight."""
+        return int(lib.destination_marked_fd(self._pointer))
 
     @property
     def final_fd(self) -> int:
@@ -219,6 +233,29 @@ class SourcePlane(_Plane):
         array, error = _regions(regions), ffi.new("int *")
         pointer = lib.source_create(array, len(regions), error)
         super().__init__(_created(pointer, error[0]), array, lib.source_destroy)
+
+    def track(self, pagemap_fd: int) -> None:
+        """Precopy is next: what the guest writes is seen through its pagemap, borrowed until ``close``."""
+        if error_number := lib.source_track(self._pointer, pagemap_fd):
+            got = errno_text(error_number)
+            raise DataPlaneError("precopy", expected="a byte for each page", got=got, code="memory-failed")
+
+    def precopy_arm(self) -> LoopResult:
+        return self._run("precopy", lib.precopy_arm)
+
+    def precopy_send(self, bulk_socket: int) -> LoopResult:
+        """One round: all that is pending."""
+        return self._run("precopy", lib.precopy_send, bulk_socket)
+
+    def precopy_count(self) -> LoopResult:
+        return self._run("precopy", lib.precopy_count)
+
+    def precopy_collect(self) -> LoopResult:
+        return self._run("precopy", lib.precopy_collect)
+
+    def precopy_end(self, bulk_socket: int) -> LoopResult:
+        """The mark: no precopied page follows."""
+        return self._run("precopy", lib.precopy_end, bulk_socket)
 
     def serve_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("serve", lib.serve_loop, urgent_socket)

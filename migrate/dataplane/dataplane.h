@@ -18,7 +18,7 @@
 
 /* One contiguous range of guest memory with one page size. */
 struct memory_region {
-    uint64_t guest_address; /* where the guest maps it; unused at the source */
+    uint64_t guest_address; /* where the guest maps it; at the source only precopy needs it */
     uint64_t size_bytes;
     uint64_t offset_bytes; /* into the memory file */
     uint32_t page_bytes;   /* 4096 or 2 MiB here */
@@ -37,6 +37,7 @@ enum loop_reason {
     LOOP_USERFAULTFD_FAILED = 8,/* error_number */
     LOOP_GUEST_GONE = 9,        /* the guest process has ended */
     LOOP_INCOMPLETE = 10,       /* destination_finish: page_index is not final */
+    LOOP_TRACKING_FAILED = 11,  /* error_number from the guest's pagemap: what it writes cannot be seen */
 };
 
 struct loop_result {
@@ -65,6 +66,11 @@ enum fault_kind {
     X(pages_zero)                   /* told to be zero, by either path */   \
     X(pages_dropped)                /* came late: another copy was placed */ \
     X(bytes_urgent) X(bytes_bulk)   /* received, headers included */        \
+    X(pages_precopy) X(bytes_precopy) /* while the guest ran at the source: copies, zero pages among them */ \
+    X(pages_held)                   /* distinct pages precopied */          \
+    X(pages_stale) X(pages_kept)    /* of these, found stale, and found final with content */ \
+    X(faults_held)                  /* remote, on a page held before the stale set had spoken */ \
+    X(settled_ns)                   /* CLOCK_MONOTONIC: the stale set has been applied */ \
     X(pages_final)                  /* present, mapped or zero */           \
     X(requests_sent) X(requests_outstanding)                                \
     X(wakes)                        /* EEXIST: mapped already, woken */     \
@@ -87,7 +93,15 @@ void destination_stop(struct destination *destination);
 int destination_final_fd(const struct destination *destination);
 
 void fault_loop(struct destination *destination, int urgent_socket, struct loop_result *result);
-void receive_loop(struct destination *destination, int bulk_socket, struct loop_result *result);
+/* A bulk connection. precopy: pages are held until the source's mark has come on it, then it parks until destination_open. */
+void receive_loop(struct destination *destination, int bulk_socket, bool precopy, struct loop_result *result);
+/* Readable once the mark has come: no precopied byte is in flight. */
+int destination_marked_fd(const struct destination *destination);
+/* The guest has been resumed here: what comes by bulk from now on is final. */
+void destination_open(struct destination *destination);
+/* While no loop runs, before a migration and after one that came to nothing: no byte is in the waiting memory, nothing of it is
+ * mapped, and who waited for a page of it faults anew. LOOP_FINISHED, or what is wrong. */
+void destination_clean(struct destination *destination, struct loop_result *result);
 
 /* After the loops: check that every page is final, map what is only PRESENT, unregister. LOOP_FINISHED, or what is wrong;
  * on LOOP_INCOMPLETE nothing was unregistered (promise P3). */
@@ -102,6 +116,10 @@ void destination_latency(const struct destination *destination, uint32_t fault_k
     X(requests)                                                \
     X(pages_urgent) X(pages_bulk) X(pages_zero_urgent) X(pages_zero_bulk) \
     X(bytes_urgent) X(bytes_bulk) /* sent, headers included */ \
+    X(pages_precopy) X(pages_zero_precopy) X(bytes_precopy)    \
+    X(pages_pending)              /* precopy: to be sent in this round */ \
+    X(pages_written) X(bytes_written) /* as the last precopy_count found */ \
+    X(pages_stale)                /* written when the guest had been paused */ \
     X(pages_sent)                 /* distinct pages, by any path */ \
     X(steers)                     /* times bulk went on from a fault */
 
@@ -121,6 +139,20 @@ void source_stop(struct source *source);
 void source_open(struct source *source);
 /* Let stream_loop begin. */
 void source_open_bulk(struct source *source);
+
+/* Precopy, before the loops begin: pagemap_fd is the guest's /proc/self/pagemap, its memory registered for asynchronous write
+ * protection. 0 or ENOMEM. Then, one after the other, each LOOP_FINISHED or what is wrong:
+ *   precopy_arm       write-protect all; the first round is all pages
+ *   precopy_send      send what is pending in this round
+ *   precopy_count     how much has been written since (pages_written, bytes_written); nothing is changed
+ *   precopy_collect   that is the next round
+ *   precopy_end       the mark: no precopied page follows on this connection */
+int source_track(struct source *source, int pagemap_fd);
+void precopy_arm(struct source *source, struct loop_result *result);
+void precopy_send(struct source *source, int bulk_socket, struct loop_result *result);
+void precopy_count(struct source *source, struct loop_result *result);
+void precopy_collect(struct source *source, struct loop_result *result);
+void precopy_end(struct source *source, int bulk_socket, struct loop_result *result);
 
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result);
 void stream_loop(struct source *source, int bulk_socket, struct loop_result *result);

@@ -25,9 +25,13 @@ struct destination *destination_create(const struct memory_region *regions, uint
         return NULL;
     }
     destination->userfaultfd = userfaultfd;
+    atomic_init(&destination->map_steer, STEER_NONE);
     destination->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->final_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    *error_number = destination->stop_fd < 0 || destination->final_fd < 0 ? errno : memory_init(&destination->memory, regions, region_count);
+    destination->marked_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    destination->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    bool descriptors = destination->stop_fd >= 0 && destination->final_fd >= 0 && destination->marked_fd >= 0 && destination->open_fd >= 0;
+    *error_number = descriptors ? memory_init(&destination->memory, regions, region_count) : errno;
     if (*error_number == 0)
         *error_number = memory_map_aliases(&destination->memory);
     if (*error_number == 0) {
@@ -45,10 +49,10 @@ struct destination *destination_create(const struct memory_region *regions, uint
 void destination_destroy(struct destination *destination)
 {
     memory_deinit(&destination->memory);
-    if (destination->stop_fd >= 0)
-        close(destination->stop_fd);
-    if (destination->final_fd >= 0)
-        close(destination->final_fd);
+    int descriptors[] = {destination->stop_fd, destination->final_fd, destination->marked_fd, destination->open_fd};
+    for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
+        if (descriptors[i] >= 0)
+            close(descriptors[i]);
     free((void *)destination->state);
     free((void *)destination->copies);
     free(destination);
@@ -64,6 +68,16 @@ int destination_final_fd(const struct destination *destination)
     return destination->final_fd;
 }
 
+int destination_marked_fd(const struct destination *destination)
+{
+    return destination->marked_fd;
+}
+
+void destination_open(struct destination *destination)
+{
+    eventfd_write(destination->open_fd, 1);
+}
+
 void destination_end_wait(struct destination *destination, uint64_t page, enum fault_kind kind)
 {
     uint64_t since_ns;
@@ -71,8 +85,10 @@ void destination_end_wait(struct destination *destination, uint64_t page, enum f
         histogram_record(&destination->latency[kind], clock_monotonic_ns() - since_ns);
 }
 
-static void pages_became_final(struct destination *destination, uint64_t page_count)
+void destination_became_final(struct destination *destination, uint64_t page_count)
 {
+    if (page_count == 0)
+        return;
     uint64_t before = atomic_fetch_add_explicit(&destination->pages_final, page_count, memory_order_acq_rel);
     if (before + page_count == destination->memory.page_total)
         eventfd_write(destination->final_fd, 1);
@@ -160,7 +176,7 @@ static bool place_claimed(struct destination *destination, const struct region *
     for (; wanted != 0; wanted &= wanted - 1)
         destination_end_wait(destination, region->first_page + first + (uint64_t)__builtin_ctzll(wanted), FAULT_REMOTE);
     count(path == PATH_URGENT ? &destination->pages_urgent : &destination->pages_bulk, page_count);
-    pages_became_final(destination, page_count);
+    destination_became_final(destination, page_count);
     return true;
 }
 
@@ -194,6 +210,24 @@ bool destination_take_pages(struct destination *destination, const struct region
     return true;
 }
 
+int destination_clear_old(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    _Atomic uint8_t *copies = &destination->copies[region->first_page];
+    for (uint64_t end = page_index + page_count; page_index < end;) {
+        uint64_t run_pages = 0;
+        while (page_index + run_pages < end &&
+               atomic_load_explicit(&copies[page_index + run_pages], memory_order_relaxed) & COPY_IN_FILE)
+            run_pages++;
+        int error_number = run_pages > 0 ? place_zeroes(region, page_index, run_pages) : 0;
+        if (error_number != 0)
+            return error_number;
+        for (uint64_t i = 0; i < run_pages; i++)
+            atomic_fetch_and_explicit(&copies[page_index + i], (uint8_t)~COPY_IN_FILE, memory_order_relaxed);
+        page_index += run_pages > 0 ? run_pages : 1;
+    }
+    return 0;
+}
+
 bool destination_take_zeroes(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
                              enum page_path path, struct loop_result *result)
 {
@@ -205,13 +239,18 @@ bool destination_take_zeroes(struct destination *destination, const struct regio
             count(&destination->pages_dropped, 1);
             continue;
         }
+        int error_number = destination_clear_old(destination, region, i, 1);
+        if (error_number != 0) {
+            page_leave_receiving(&state[i], PAGE_ABSENT);
+            return result_fail(result, LOOP_MEMORY_FAILED, error_number, "clear");
+        }
         if (page_leave_receiving(&state[i], PAGE_ZERO)) {
             if (!destination_map_zero(destination, region, i, result))
                 return false;
             destination_end_wait(destination, region->first_page + i, FAULT_REMOTE);
         }
         count(&destination->pages_zero, 1);
-        pages_became_final(destination, 1);
+        destination_became_final(destination, 1);
     }
     return true;
 }

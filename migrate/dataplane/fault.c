@@ -5,7 +5,7 @@
  * buffer of request frames; beyond that it stays REQUESTED in the state bytes, which are searched when there is room again.
  * Faults are read first whatever the network does.
  *
- * Not handled: events other than page faults (the agent asks for none), pages HELD by precopy, discards. */
+ * Not handled: events other than page faults (the agent asks for none), discards. */
 #include <errno.h>
 #include <poll.h>
 #include <sys/uio.h>
@@ -18,6 +18,7 @@
 
 #define EVENTS_PER_READ 64
 #define REQUESTS_QUEUED_MAX 1024
+#define AROUND_BYTES (64u << 10)
 
 struct request_queue {
     struct frame_header frame[REQUESTS_QUEUED_MAX];
@@ -89,6 +90,21 @@ static bool send_requests(struct fault_context *context, struct loop_result *res
     return true;
 }
 
+/* The content is here. Its neighbours that are here too, in an aligned window, are mapped with it (as the kernel does for
+ * files): most touches have neighbours, and a page in a range costs half of what it costs alone. */
+static bool map_around(struct fault_context *context, const struct region *region, uint64_t page_index, struct loop_result *result)
+{
+    const page_byte *state = &context->destination->state[region->first_page];
+    uint64_t window_pages = AROUND_BYTES > region->memory.page_bytes ? AROUND_BYTES / region->memory.page_bytes : 1;
+    uint64_t first = page_index, end = page_index + 1, least = page_index - page_index % window_pages;
+    while (first > least && page_load(&state[first - 1]) == PAGE_PRESENT)
+        first--;
+    while (end < least + window_pages && end < region->page_count && page_load(&state[end]) == PAGE_PRESENT)
+        end++;
+    atomic_store_explicit(&context->destination->map_steer, region->first_page + page_index, memory_order_relaxed);
+    return destination_map_present(context->destination, region, first, end - first, result);
+}
+
 static bool handle_fault(struct fault_context *context, uint64_t address, uint64_t now_ns, struct loop_result *result)
 {
     struct destination *destination = context->destination;
@@ -103,6 +119,10 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
         count(&destination->faults_untimed, 1);
     uint8_t seen = page_want(&destination->state[page]);
     switch (PAGE_STATE(seen)) {
+    case PAGE_HELD:
+    case PAGE_HELD_ZERO: /* the stale set has not spoken: only the source knows (P2) */
+        count(&destination->faults_held, 1);
+        /* fallthrough */
     case PAGE_ABSENT:
         count(&destination->faults_remote, 1);
         queue_request(context, region, page_index);
@@ -120,7 +140,7 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
     case PAGE_PRESENT: /* received a moment ago, or */
     case PAGE_MAPPED:  /* mapped before and dropped since: swap, MADV_DONTNEED, another thread's fault */
         count(&destination->faults_local, 1);
-        if (!destination_map_present(destination, region, page_index, 1, result))
+        if (!map_around(context, region, page_index, result))
             return false;
         destination_end_wait(destination, page, FAULT_LOCAL);
         return true;

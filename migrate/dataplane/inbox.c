@@ -7,6 +7,7 @@
 
 #include <stdlib.h>
 
+#include "precopied.h"
 #include "result.h"
 
 #define INBOX_BYTES_MIN (1088u << 10) /* the longest run of the stream loop, and the beginning of the next */
@@ -28,30 +29,83 @@ void inbox_deinit(struct inbox *inbox)
     free(inbox->buffer);
 }
 
+static uint32_t accepted(const struct inbox *inbox)
+{
+    switch (inbox->phase) {
+    case INBOX_PRECOPY:
+        return 1u << FRAME_PAGES | 1u << FRAME_ZERO | 1u << FRAME_MARK;
+    case INBOX_STALE:
+        return 1u << FRAME_STALE;
+    case INBOX_MARKED:
+    case INBOX_FINAL:
+        break;
+    }
+    return 1u << FRAME_PAGES | 1u << FRAME_ZERO;
+}
+
+static struct frame_verdict check_header(const struct inbox *inbox, const struct memory *memory)
+{
+    const struct frame_header *frame = &inbox->frame;
+    struct frame_verdict verdict = frame_check(frame, accepted(inbox), memory->region_count);
+    if (verdict.field != FRAME_FIELD_NONE)
+        return verdict;
+    if (frame->kind == FRAME_MARK)
+        return frame_check_mark(frame);
+    const struct region *region = &memory->regions[frame->region];
+    verdict = frame_check_range(frame, region->page_count, region->memory.page_bytes);
+    if (verdict.field != FRAME_FIELD_NONE)
+        return verdict;
+    if (frame->kind == FRAME_STALE)
+        return verdict_check(memory, &inbox->stale, frame);
+    if (inbox->path == PATH_URGENT && frame->length_bytes != region->memory.page_bytes)
+        return (struct frame_verdict){FRAME_FIELD_LENGTH, region->memory.page_bytes, frame->length_bytes};
+    return verdict;
+}
+
 /* A header is whole: check it; zeroes are taken at once, payload from now on. */
 static bool begin_frame(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
     memcpy(&inbox->frame, inbox->buffer + inbox->start, FRAME_HEADER_BYTES);
     inbox->start += FRAME_HEADER_BYTES;
     const struct frame_header *frame = &inbox->frame;
-    uint32_t accepts = 1u << FRAME_PAGES | 1u << FRAME_ZERO;
-    struct frame_verdict verdict = frame_check(frame, accepts, destination->memory.region_count);
+    struct frame_verdict verdict = check_header(inbox, &destination->memory);
     if (verdict.field != FRAME_FIELD_NONE)
         return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
     const struct region *region = &destination->memory.regions[frame->region];
-    verdict = frame_check_range(frame, region->page_count, region->memory.page_bytes);
-    if (verdict.field != FRAME_FIELD_NONE)
-        return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
     uint64_t page_count = frame->length_bytes / region->memory.page_bytes;
-    if (inbox->path == PATH_URGENT && page_count != 1) {
-        verdict = (struct frame_verdict){FRAME_FIELD_LENGTH, region->memory.page_bytes, frame->length_bytes};
-        return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
-    }
-    if (frame->kind == FRAME_ZERO)
+    switch (frame->kind) {
+    case FRAME_MARK:
+        inbox->phase = INBOX_MARKED;
+        return true;
+    case FRAME_ZERO:
+        if (inbox->phase == INBOX_PRECOPY)
+            return precopy_hold_zeroes(destination, region, frame->page_index, page_count, result);
         return destination_take_zeroes(destination, region, frame->page_index, page_count, inbox->path, result);
-    inbox->next_page_index = frame->page_index;
-    inbox->payload_bytes_left = frame->length_bytes;
-    return true;
+    case FRAME_STALE:
+        inbox->payload_bytes_left = verdict_bytes(page_count);
+        return true;
+    default:
+        inbox->next_page_index = frame->page_index;
+        inbox->payload_bytes_left = frame->length_bytes;
+        return true;
+    }
+}
+
+/* The bits of a stale frame, once all of them are here. */
+static bool take_stale(struct inbox *inbox, struct destination *destination, size_t here_bytes, struct loop_result *result)
+{
+    if (here_bytes < inbox->payload_bytes_left)
+        return true;
+    const struct region *region = &destination->memory.regions[inbox->frame.region];
+    uint64_t page_count = inbox->frame.length_bytes / region->memory.page_bytes;
+    settle_judge(destination, region, inbox->frame.page_index, page_count, (const uint8_t *)inbox->buffer + inbox->start);
+    inbox->start += inbox->payload_bytes_left;
+    inbox->payload_bytes_left = 0;
+    verdict_step(&destination->memory, &inbox->stale, page_count);
+    if (inbox->stale.region < destination->memory.region_count)
+        return true;
+    inbox->phase = INBOX_FINAL;
+    return settle_end(destination, &inbox->channel, result);
 }
 
 /* Take the whole pages of the current frame that are in the buffer. */
@@ -61,11 +115,16 @@ static bool take_payload(struct inbox *inbox, struct destination *destination, s
     size_t here_bytes = inbox->end - inbox->start;
     if (here_bytes > inbox->payload_bytes_left)
         here_bytes = inbox->payload_bytes_left;
+    if (inbox->frame.kind == FRAME_STALE)
+        return take_stale(inbox, destination, here_bytes, result);
     uint64_t page_count = here_bytes / region->memory.page_bytes;
     if (page_count == 0)
         return true;
     const char *bytes = inbox->buffer + inbox->start;
-    if (!destination_take_pages(destination, region, inbox->next_page_index, page_count, bytes, inbox->path, result))
+    bool taken = inbox->phase == INBOX_PRECOPY
+                     ? precopy_hold_pages(destination, region, inbox->next_page_index, page_count, bytes, result)
+                     : destination_take_pages(destination, region, inbox->next_page_index, page_count, bytes, inbox->path, result);
+    if (!taken)
         return false;
     inbox->start += page_count * region->memory.page_bytes;
     inbox->next_page_index += page_count;
@@ -73,7 +132,7 @@ static bool take_payload(struct inbox *inbox, struct destination *destination, s
     return true;
 }
 
-static bool take_all(struct inbox *inbox, struct destination *destination, struct loop_result *result)
+bool inbox_take_buffered(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
     for (;;) {
         size_t start_before = inbox->start;
@@ -84,7 +143,7 @@ static bool take_all(struct inbox *inbox, struct destination *destination, struc
             if (!begin_frame(inbox, destination, result))
                 return false;
         }
-        if (inbox->start == start_before)
+        if (inbox->start == start_before || inbox->phase == INBOX_MARKED)
             return true;
     }
 }
@@ -98,6 +157,13 @@ bool inbox_expect_run(struct inbox *inbox, struct loop_result *result)
     return channel_expect(&inbox->channel, wanted_bytes < room_bytes ? wanted_bytes : room_bytes, result);
 }
 
+static _Atomic uint64_t *bytes_counter(const struct inbox *inbox, struct destination *destination)
+{
+    if (inbox->path == PATH_URGENT)
+        return &destination->bytes_urgent;
+    return inbox->phase == INBOX_PRECOPY ? &destination->bytes_precopy : &destination->bytes_bulk;
+}
+
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
     ssize_t received_bytes =
@@ -105,8 +171,8 @@ bool inbox_take(struct inbox *inbox, struct destination *destination, struct loo
     if (received_bytes < 0)
         return false;
     inbox->end += (size_t)received_bytes;
-    count(inbox->path == PATH_URGENT ? &destination->bytes_urgent : &destination->bytes_bulk, (uint64_t)received_bytes);
-    if (!take_all(inbox, destination, result))
+    count(bytes_counter(inbox, destination), (uint64_t)received_bytes);
+    if (!inbox_take_buffered(inbox, destination, result))
         return false;
     if (inbox->start == inbox->end) {
         inbox->start = inbox->end = 0;

@@ -5,10 +5,21 @@
 #include "channel.h"
 #include "destination.h"
 #include "frame.h"
+#include "verdict.h"
+
+/* What may come on the connection now. */
+enum inbox_phase {
+    INBOX_FINAL,   /* pages and zeroes of a guest that is paused for good */
+    INBOX_PRECOPY, /* pages and zeroes to be held, and at last the mark */
+    INBOX_MARKED,  /* nothing, until the guest has been resumed here */
+    INBOX_STALE,   /* the stale set, in its order; after it, INBOX_FINAL */
+};
 
 struct inbox {
     struct channel channel;
     enum page_path path;
+    enum inbox_phase phase;
+    struct verdict_cursor stale; /* what the stale set has come to */
     char *buffer; /* the hot buffer: bytes wait here until their page is whole */
     size_t capacity_bytes;
     size_t start, end;         /* what is in it */
@@ -26,5 +37,7 @@ bool inbox_expect_run(struct inbox *inbox, struct loop_result *result);
 
 /* Receive what is there and take every whole page of it. False: result says why not. */
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result);
+/* Take what is in the buffer already, after the phase has changed. */
+bool inbox_take_buffered(struct inbox *inbox, struct destination *destination, struct loop_result *result);
 
 #endif

@@ -7,6 +7,8 @@
 
 #include "dataplane.h"
 
+#define STEER_NONE UINT64_MAX /* no page to go on from */
+
 struct region {
     struct memory_region memory;
     uint64_t first_page; /* flat number of its page 0 */

@@ -1,6 +1,8 @@
 /* The state of a page at the destination: one byte, atomic, and the only moves it may make.
  *
  *   ABSENT -> REQUESTED -> RECEIVING -> PRESENT -> MAPPED        RECEIVING -> ZERO -> MAPPED (touched)
+ *   precopy: ABSENT | HELD | HELD_ZERO -> RECEIVING -> HELD | HELD_ZERO
+ *   stale set: HELD -> PRESENT or ABSENT, HELD_ZERO -> ZERO or ABSENT       a fault before it: HELD | HELD_ZERO -> REQUESTED
  *
  * Every change is a compare-and-swap or an exchange, never a plain store. RECEIVING is a claim: only who made that
  * change writes the page (P1), and PRESENT, MAPPED, ZERO refuse every write. The WANTED bit says that a fault waits;
@@ -18,8 +20,8 @@ enum page_state {
     PAGE_RECEIVING = 2,
     PAGE_PRESENT = 3,
     PAGE_MAPPED = 4,
-    PAGE_HELD = 5,      /* reserved for precopy: here, not known final */
-    PAGE_HELD_ZERO = 6, /* reserved for precopy */
+    PAGE_HELD = 5,      /* precopied, not known final: never mapped (P2) */
+    PAGE_HELD_ZERO = 6, /* the same of a zero page: a hole */
     PAGE_ZERO = 7,
     PAGE_REMOVED = 8, /* reserved: discarded by the guest */
     PAGE_LOST = 9,    /* reserved: poisoned */
@@ -46,7 +48,30 @@ static inline bool page_claim(page_byte *page)
     return false;
 }
 
-/* Leave RECEIVING: to PRESENT or ZERO once the content is in place, or back to ABSENT when it could not be placed.
+/* The same while the guest still runs at the source: a page held already is written again. */
+static inline bool page_claim_precopy(page_byte *page, uint8_t *before)
+{
+    *before = atomic_load_explicit(page, memory_order_relaxed);
+    while (*before == PAGE_ABSENT || *before == PAGE_HELD || *before == PAGE_HELD_ZERO)
+        if (atomic_compare_exchange_weak_explicit(page, before, PAGE_RECEIVING, memory_order_acquire, memory_order_relaxed))
+            return true;
+    return false;
+}
+
+/* The stale set speaks: what is held is final, or lacking. Only held pages heed it: one that was asked for meanwhile comes as
+ * urgent, and one that has come is final. Returns the state that the page has now got, PAGE_HELD when it was none of ours. */
+static inline enum page_state page_judge(page_byte *page, bool stale)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
+    while (seen == PAGE_HELD || seen == PAGE_HELD_ZERO) {
+        enum page_state next = stale ? PAGE_ABSENT : seen == PAGE_HELD ? PAGE_PRESENT : PAGE_ZERO;
+        if (atomic_compare_exchange_weak_explicit(page, &seen, (uint8_t)next, memory_order_acq_rel, memory_order_acquire))
+            return next;
+    }
+    return PAGE_HELD;
+}
+
+/* Leave RECEIVING: to PRESENT or ZERO (precopy: HELD or HELD_ZERO) once the content is in place, or back to ABSENT when it could not be placed.
  * Release: the content is visible to whoever reads the state. True: a fault waits for this page. */
 static inline bool page_leave_receiving(page_byte *page, enum page_state state)
 {
@@ -60,14 +85,14 @@ static inline void page_mapped(page_byte *page, enum page_state from)
     atomic_compare_exchange_strong_explicit(page, &seen, PAGE_MAPPED, memory_order_acq_rel, memory_order_relaxed);
 }
 
-/* A fault waits for the page. Returns the byte that decided: ABSENT and REQUESTED or RECEIVING without WANTED have been
- * changed (request it, or wait for whoever receives it); any other is the caller's to resolve or already waited for. */
+/* A fault waits for the page. Returns the byte that decided: ABSENT, HELD, and REQUESTED or RECEIVING without WANTED have been
+ * changed (request it: asking the source is always right; or wait for whoever receives it); any other is the caller's to resolve or already waited for. */
 static inline uint8_t page_want(page_byte *page)
 {
     uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
     for (;;) {
         uint8_t next;
-        if (seen == PAGE_ABSENT)
+        if (seen == PAGE_ABSENT || seen == PAGE_HELD || seen == PAGE_HELD_ZERO)
             next = PAGE_REQUESTED | PAGE_WANTED;
         else if (seen == PAGE_REQUESTED || seen == PAGE_RECEIVING)
             next = (uint8_t)(seen | PAGE_WANTED);

@@ -5,7 +5,9 @@
 #include "place.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -25,9 +27,8 @@ static int write_file(const struct region *region, uint64_t page_index, const ch
     return 0;
 }
 
-static int copy_to_alias(const struct region *region, uint64_t page_index, const char *bytes, size_t size_bytes)
+static int copy_to(char *alias, const char *bytes, size_t size_bytes)
 {
-    char *alias = region->alias + page_index * region->memory.page_bytes;
     while (size_bytes > 0) {
         struct iovec from = {(void *)(uintptr_t)bytes, size_bytes}, to = {alias, size_bytes};
         ssize_t copied_bytes = process_vm_writev(getpid(), &from, 1, &to, 1, 0);
@@ -44,10 +45,61 @@ int place_pages(const struct region *region, uint64_t page_index, uint64_t page_
 {
     size_t size_bytes = page_count * region->memory.page_bytes;
     if (region->is_hugetlb)
-        return copy_to_alias(region, page_index, bytes, size_bytes);
+        return copy_to(region->alias + page_index * region->memory.page_bytes, bytes, size_bytes);
     if (path == PATH_URGENT && region->alias) {
         memcpy(region->alias + page_index * region->memory.page_bytes, bytes, size_bytes);
         return 0;
     }
     return write_file(region, page_index, bytes, size_bytes);
+}
+
+static int allocate(const struct region *region, int mode, uint64_t page_index, uint64_t page_count)
+{
+    off_t offset_bytes = (off_t)region_file_offset(region, page_index), size_bytes = (off_t)(page_count * region->memory.page_bytes);
+    while (fallocate(region->memory.memory_fd, mode, offset_bytes, size_bytes) < 0)
+        if (errno != EINTR)
+            return errno;
+    return 0;
+}
+
+/* A hole would give the reservation back, and another guest could take the page: what comes later would be SIGBUS. */
+static int clear_hugetlb(const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    static const char zeroes[64 << 10];
+    char *alias = region->alias + page_index * region->memory.page_bytes;
+    for (uint64_t done_bytes = 0; done_bytes < page_count * region->memory.page_bytes; done_bytes += sizeof(zeroes)) {
+        int error_number = copy_to(alias + done_bytes, zeroes, sizeof(zeroes));
+        if (error_number != 0)
+            return error_number;
+    }
+    return 0;
+}
+
+int place_zeroes(const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    if (region->is_hugetlb)
+        return clear_hugetlb(region, page_index, page_count);
+    return allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page_index, page_count);
+}
+
+/* Is there a page? hugetlbfs has no SEEK_DATA: there any page of the file counts. */
+static bool holds_something(const struct region *region)
+{
+    struct stat status;
+    if (region->is_hugetlb)
+        return fstat(region->memory.memory_fd, &status) < 0 || status.st_blocks > 0;
+    off_t first_bytes = lseek(region->memory.memory_fd, (off_t)region->memory.offset_bytes, SEEK_DATA);
+    if (first_bytes < 0)
+        return errno != ENXIO; /* none behind that offset */
+    return (uint64_t)first_bytes < region->memory.offset_bytes + region->memory.size_bytes;
+}
+
+int place_nothing(const struct region *region)
+{
+    if (!holds_something(region))
+        return 0;
+    int error_number = allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, region->page_count);
+    if (error_number != 0 || !region->is_hugetlb)
+        return error_number;
+    return allocate(region, 0, 0, region->page_count); /* what the punch gave back of the reservation; fresh pages are cleared */
 }

@@ -103,6 +103,12 @@ struct resolution resolve_zero(int userfaultfd, const struct region *region, uin
     return resolve_continue(userfaultfd, region, page_index, 1);
 }
 
+void resolve_wake(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    uint64_t page_bytes = region->memory.page_bytes;
+    wake(userfaultfd, region->memory.guest_address + page_index * page_bytes, page_count * page_bytes);
+}
+
 int resolve_unregister(int userfaultfd, const struct region *region)
 {
     struct uffdio_range range = {.start = region->memory.guest_address, .len = region->memory.size_bytes};

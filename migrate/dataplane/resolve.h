@@ -23,6 +23,8 @@ struct resolution {
 struct resolution resolve_continue(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count);
 /* Map one zero page: the file has a hole there, and zero is its final content. */
 struct resolution resolve_zero(int userfaultfd, const struct region *region, uint64_t page_index);
+/* Let whoever waits there try again: he finds the page, or faults anew. */
+void resolve_wake(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count);
 /* UFFDIO_UNREGISTER of the whole region. 0 or an errno. */
 int resolve_unregister(int userfaultfd, const struct region *region);
 

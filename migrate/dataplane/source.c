@@ -21,6 +21,7 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
         return NULL;
     }
     atomic_init(&source->steer, STEER_NONE);
+    source->pagemap_fd = -1;
     source->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     source->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     source->open_bulk_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -44,6 +45,7 @@ void source_destroy(struct source *source)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
     free((void *)source->sent);
+    free((void *)source->pending);
     free(source);
 }
 

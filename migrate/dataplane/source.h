@@ -2,17 +2,18 @@
 #ifndef POSTCOPY_SOURCE_H
 #define POSTCOPY_SOURCE_H
 
+#include "channel.h"
 #include "frame.h"
 #include "memory.h"
-
-#define STEER_NONE UINT64_MAX
 
 struct source {
     struct memory memory;
     int stop_fd;
     int open_fd;      /* readable: the guest is paused, its memory is final */
     int open_bulk_fd; /* readable: bulk may begin */
-    _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path */
+    _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path since the guest was paused */
+    int pagemap_fd;         /* of the guest, borrowed; -1: no precopy */
+    _Atomic uint8_t *pending; /* precopy, one byte a page: to be sent in this round; after the pause: stale */
     _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind the last fault; STEER_NONE */
 #define X(name) _Atomic uint64_t name;
     SOURCE_COUNTERS(X)
@@ -25,6 +26,24 @@ bool source_mark_sent(struct source *source, uint64_t page);
 bool source_read_pages(const struct region *region, uint64_t page_index, uint64_t page_count, char *buffer, struct loop_result *result);
 /* Are all the page's bytes zero? */
 bool page_is_zero(const char *bytes, size_t size_bytes);
+const struct region *region_of_page(const struct source *source, uint64_t page);
+
+/* What a bulk connection sends through: one run at a time, read into a hot buffer. */
+struct run_sender {
+    struct source *source;
+    struct channel channel;
+    char *buffer;
+    size_t buffer_bytes;
+    bool precopy; /* counted as such */
+};
+/* 0 or ENOMEM. */
+int run_sender_init(struct run_sender *sender, struct source *source, int bulk_socket, bool precopy);
+void run_sender_deinit(struct run_sender *sender);
+/* Read and send [page_index, +page_count), at most buffer_bytes: alternating runs of pages and of zeroes. */
+bool run_send(struct run_sender *sender, const struct region *region, uint64_t page_index, uint64_t page_count, struct loop_result *result);
+
+/* After the pause: what the guest wrote last (the stale set) to the destination, what it lacks back. False: result says why. */
+bool source_settle(struct source *source, struct channel *channel, struct loop_result *result);
 
 static inline struct frame_header frame_of_run(const struct source *source, enum frame_kind kind, const struct region *region,
                                                uint64_t page_index, uint64_t page_count)

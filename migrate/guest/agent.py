@@ -20,6 +20,7 @@ import structlog
 from migrate.errors import PauseFailedError, PeerRefusedError, PostcopyError
 from migrate.guest.memory import GuestMemory
 from migrate.guest.schedule import prefer_latency
+from migrate.guest.tracking import WriteTracking
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -37,6 +38,10 @@ from proto.messages import (
     Resume,
     ResumeFailed,
     Running,
+    Track,
+    TrackFailed,
+    Tracking,
+    Untrack,
     Welcome,
     encode,
     guest_decoder,
@@ -90,10 +95,13 @@ class Agent:
         if machine.event_fd() >= 0:
             self._machine_events.register(machine.event_fd(), select.POLLIN)
         self._socket: socket.socket | None = None
+        self._tracking: WriteTracking | None = None
         self._decoder = guest_decoder()
         self._unserved: list[Message] = []
         self._handlers: dict[type[Message], Callable[..., None]] = {
             GuestPrepare: self._prepare,
+            Track: self._track,
+            Untrack: self._untrack,
             Pause: self._pause,
             Resume: self._resume,
             GuestComplete: self._complete,
@@ -104,6 +112,7 @@ class Agent:
         """Connect, greet, pass the descriptors. Raises OSError (no daemon there) or PeerRefusedError."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.connect(str(socket_path))
+        self._end_tracking()  # of a daemon that is gone
         self._decoder = guest_decoder()
         role: Literal["waiting", "running"] = "waiting" if self.role is GuestRole.WAITING else "running"
         hello = Hello(
@@ -113,6 +122,7 @@ class Agent:
             role=role,
             regions=self.memory.regions,
             memory_files=len(self.memory.files),
+            offers=["tracking"],  # also of a waiting guest: once it is whole it can be moved on
         )
         descriptors = self.memory.files + ([self.userfaultfd] if role == "waiting" else [])
         data = encode(hello)
@@ -151,9 +161,15 @@ class Agent:
         return self.role is GuestRole.ARRIVING or (self.role is GuestRole.RUNNING and self._paused)
 
     def close(self) -> None:
+        self._end_tracking()
         if self.userfaultfd >= 0:
             os.close(self.userfaultfd)
             self.userfaultfd = -1
+
+    def _end_tracking(self) -> None:
+        if self._tracking is not None:
+            self._tracking.close()
+            self._tracking = None
 
     def _receive_some(self) -> list[Message]:
         """At least one; what came with the answer to hello is served first thing by ``run``."""
@@ -219,6 +235,23 @@ class Agent:
             return
         self._paused = True
         self._send(Paused(state=state, last_step_ns=last_step_ns))
+
+    def _track(self, _: Track) -> None:
+        """Before precopy: the guest's memory is registered, and the daemon gets the pagemap to scan it by."""
+        assert self._socket is not None
+        self._end_tracking()
+        if self.role is not GuestRole.RUNNING:
+            self._send(TrackFailed(reason=f"the guest is {self.role}, not running here as a whole"))
+            return
+        try:
+            self._tracking = WriteTracking(self.memory.regions)
+        except (PostcopyError, OSError) as error:
+            self._send(TrackFailed(reason=str(error)))
+            return
+        socket.send_fds(self._socket, [encode(Tracking())], [self._tracking.pagemap_fd])
+
+    def _untrack(self, _: Untrack) -> None:
+        self._end_tracking()
 
     def _resume(self, message: Resume) -> None:
         """The agent is the authority on who runs (P4): a waiting guest takes one resume, once, of one epoch."""

@@ -23,6 +23,14 @@ _SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SPEC = re.compile(r"^(\d+)([KMGT]?)(?:iB)?(?::([a-z]+))?$")
 
 
+def size_bytes_of(text: str) -> int:
+    """``64M``. Raises PostcopyError."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", text, re.ASCII)
+    if match is None:
+        raise PostcopyError("size", expected="SIZE[K|M|G|T], such as 64M", got=text, code="usage")
+    return int(match[1]) * _SUFFIX[match[2]]
+
+
 @dataclass(frozen=True, slots=True)
 class MemorySpec:
     """One region as a user asks for it: ``512M``, ``1G:hugetlb``, ``64M:tmpfs``."""

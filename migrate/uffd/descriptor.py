@@ -121,8 +121,8 @@ class Userfaultfd:
     def unregister(self, address: int, size_bytes: int) -> None:
         """End the registration: absent pages read as *zeroes* from here on.
 
-        Who waits is woken only where MISSING was registered (userfaultfd_unregister), and a fault that is just entering can miss that
-        (6.4 and later take the lock of its VMA alone): wake() the range afterwards.
+        Who waits is woken only where MISSING was registered (userfaultfd_unregister), and a fault that is just entering can miss
+        that (6.4 and later take the lock of its VMA alone): wake() the range afterwards.
         Raises UserfaultfdError: EINVAL (address, size, or nothing there to register), ENOMEM (nothing mapped, process gone)."""
         self._check("UFFDIO_UNREGISTER", lib.uffd_unregister(self._descriptor, address, size_bytes), address, size_bytes)
 

@@ -102,7 +102,7 @@ def test_migrate_says_it_all_as_json(cli: Cli, commuter: Commuter) -> None:
 
 
 def test_migrate_tells_how_it_goes_in_lines(cli: Cli, commuter: Commuter) -> None:
-    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, *at(commuter))
+    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, "--precopy", "2", *at(commuter))
     assert run.returncode == 0
     first = run.stderr.splitlines()[0]
     for word in ("/1024 pages", "MB/s", "faults", "ETA"):
@@ -110,19 +110,34 @@ def test_migrate_tells_how_it_goes_in_lines(cli: Cli, commuter: Commuter) -> Non
     told = (
         "migration",
         "downtime",
-        "remote faults",
-        "p50",
-        "p99",
-        "max",
+        "2 rounds, ",
+        " pages stale, known ",
+        "2 rounds were asked for",
         "moved",
         "total time",
         "urgent",
         "bulk",
-        "zero of 1024",
+        "zero",
+        "precopy of 1024",
     )
     for word in told:
         assert word in run.stdout
     commuter.arrived()
+
+
+def test_migrate_without_precopy_tells_of_its_faults(cli: Cli, commuter: Commuter) -> None:
+    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, "--precopy", "off", *at(commuter))
+    assert run.returncode == 0
+    for word in ("remote faults", "p50", "p99", "max", "no precopy was asked for", "0 precopy of 1024"):
+        assert word in run.stdout
+    commuter.arrived()
+
+
+@pytest.mark.parametrize("rounds", ["0", "1001", "some"])
+def test_wrong_number_of_rounds_names_what_there_is(cli: Cli, commuter: Commuter, rounds: str) -> None:
+    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, "--precopy", rounds, *at(commuter))
+    assert run.returncode == 1
+    assert "precopy" in run.stderr
 
 
 def test_migrate_draws_a_bar_on_a_terminal(commuter: Commuter) -> None:

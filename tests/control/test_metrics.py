@@ -222,7 +222,7 @@ def test_healthz(pair: Pair) -> None:
 
 
 def ended_migration(number: int) -> Any:
-    figures = {"bytes_urgent": 100, "bytes_bulk": 1000}
+    figures = {"bytes_urgent": 100, "bytes_bulk": 1000, "bytes_precopy": 10000}
     return SimpleNamespace(
         role="source",
         guest_id=f"guest-{number}",
@@ -246,7 +246,7 @@ def test_series_of_ended_guests_are_bounded() -> None:
     assert kept[-1] == "guest-70"
     assert kept[0] == "guest-68"
     assert totals.by_guest["source", "guest-70"].pages == {"urgent": 2, "bulk": 4}
-    assert totals.by_guest["source", "guest-70"].bytes_moved == {"urgent": 200, "bulk": 2000}
+    assert totals.by_guest["source", "guest-70"].bytes_moved == {"urgent": 200, "bulk": 2000, "precopy": 20000}
     assert totals.by_guest["source", "guest-70"].ended == {"complete": 2}
 
 

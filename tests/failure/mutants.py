@@ -43,8 +43,8 @@ class Mutation:
 NONE: tuple[Mutation, ...] = ()
 
 
-def build_c(repository: Path, directory: Path, *mutations: Mutation) -> Path:
-    """guards_main.c with the whole C core behind it."""
+def build_c(repository: Path, directory: Path, *mutations: Mutation, main: str = "tests/failure/guards_main.c") -> Path:
+    """A main with the whole C core behind it."""
     for folder in C_FOLDERS:
         for source in (repository / folder).glob("*.[ch]"):
             (directory / folder).mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def build_c(repository: Path, directory: Path, *mutations: Mutation) -> Path:
     for mutation in mutations:
         mutation.apply(directory)
     core = [str(path.relative_to(directory)) for folder in C_FOLDERS[:3] for path in (directory / folder).glob("*.c")]
-    command = [*COMPILER, "-o", "guards", "tests/failure/guards_main.c", *core]
+    command = [*COMPILER, "-o", "guards", main, *core]
     subprocess.run(command, cwd=directory, check=True, timeout=60)
     return directory / "guards"
 

@@ -21,6 +21,7 @@ from .mutants import NONE, Mutation, build_c, python_tree
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIO_DEADLINE_SECONDS = 50
+PRECOPY_MOVES = ("100", "8")  # seed and number
 DESTINATION_C = "migrate/dataplane/destination.c"
 PLACED = "    int error_number = place_pages(region, first, page_count, bytes, path);\n"
 WINDOW = "    usleep(50);\n"
@@ -59,8 +60,32 @@ IN_C: dict[str, tuple[str, tuple[Mutation, ...], tuple[Mutation, ...]]] = {
 }
 
 
-def run_c(program: Path, scenario: str) -> subprocess.CompletedProcess[str]:
-    command = [str(program), scenario]
+PRECOPY_MAIN = "tests/path/precopy_main.c"
+ASKED_WHEN_HELD = "        if (seen == PAGE_ABSENT || seen == PAGE_HELD || seen == PAGE_HELD_ZERO)\n"
+HELD_IS_REMOTE = "    case PAGE_HELD:\n    case PAGE_HELD_ZERO: /* the"
+PRESENT_IS_LOCAL = "    case PAGE_PRESENT: /* received a moment ago, or */\n"
+# each removed from the moves of a guest that writes flat out while it is precopied
+IN_PRECOPY: dict[str, tuple[Mutation, ...]] = {
+    "P2 what was written last is stale": (
+        Mutation(
+            "migrate/dataplane/settle.c",
+            "    return atomic_load_explicit(&source->pending[page]",
+            "    return page > source->memory.page_total && atomic_load_explicit(&source->pending[page]",
+        ),
+    ),
+    "P2 a held page is asked for, not mapped": (
+        Mutation("migrate/dataplane/pages.h", ASKED_WHEN_HELD, "        if (seen == PAGE_ABSENT || seen == PAGE_HELD_ZERO)\n"),
+        Mutation("migrate/dataplane/fault.c", HELD_IS_REMOTE, "    case PAGE_HELD_ZERO: /* the"),
+        Mutation("migrate/dataplane/fault.c", PRESENT_IS_LOCAL, f"{PRESENT_IS_LOCAL}    case PAGE_HELD:\n"),
+    ),
+    "P2 old bytes go before a page is zero": (
+        Mutation("migrate/dataplane/destination.c", "run_pages > 0 ? place_zeroes(region, page_index, run_pages) : 0;", "0;"),
+    ),
+}
+
+
+def run_c(program: Path, *scenario: str) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *scenario]
     return subprocess.run(command, capture_output=True, text=True, timeout=SCENARIO_DEADLINE_SECONDS, check=False)
 
 
@@ -80,6 +105,20 @@ def test_guard_in_c(guard: str, whole_c: Path, repository: Path, tmp_path: Path)
     assert "failed:" in broken.stderr
 
 
+@pytest.fixture(scope="module")
+def precopying(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With every guard it holds."""
+    held = run_c(build_c(repository, tmp_path_factory.mktemp("precopy"), main=PRECOPY_MAIN), *PRECOPY_MOVES)
+    assert (held.returncode, held.stdout) == (0, "precopy: held\n"), held.stderr
+
+
+@pytest.mark.parametrize("guard", IN_PRECOPY)
+def test_guard_of_precopy(guard: str, precopying: None, repository: Path, tmp_path: Path) -> None:
+    broken = run_c(build_c(repository, tmp_path, *IN_PRECOPY[guard], main=PRECOPY_MAIN), *PRECOPY_MOVES)
+    assert broken.returncode == 1
+    assert "failed:" in broken.stderr
+
+
 # --- the same with real daemons and guests, or with fakes where a real one cannot be made to fail at that moment -------
 
 
@@ -91,7 +130,7 @@ def busy_guest_moves(pair: Pair) -> str:
     arrives = pair.guest(pair.destination, "there", "4M", waiting=True)
     pair.guest(pair.source, "here", "4M", "--threads", "2", "--write-ratio", "1").event("stepped")
     with pair.source.client() as client:
-        client.migrate("here", pair.destination.address)
+        client.migrate("here", pair.destination.address, precopy="off")
         outcome = arrives.event("verified", "failed", deadline_seconds=SCENARIO_DEADLINE_SECONDS / 2)
     return "" if outcome["event"] == "verified" else str(outcome["failure"])
 
@@ -164,10 +203,10 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
         busy_guest_moves,
         Mutation(
             "migrate/source.py",
-            '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n',
-            '        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))\n'
-            "        plane.open_bulk()\n"
-            '        while plane.figures()["pages_bulk"] == 0:\n            await asyncio.sleep(0)\n',
+            "            self._begin_stream()\n",
+            "            self._begin_stream()\n"
+            "            self._plane.open_bulk()\n"
+            '            while self._plane.figures()["pages_bulk"] == 0:\n                await asyncio.sleep(0)\n',
         ),
         "page",
     ),

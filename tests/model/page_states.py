@@ -186,11 +186,18 @@ class Model:
         if self.guards.claim and page.state not in (ABSENT, REQUESTED):
             yield f"{name} drops page {p} = {value}: {page.state}", world
             return
-        if name == "fault_thread" and page.state == ABSENT:  # the rule by which inbox.c tells a liar: none is honest here
-            yield f"{name} receives page {p}", world._replace(broken=f"page-unasked: page {p} is ABSENT")
+        if name == "fault_thread" and self._unasked(page):
+            yield f"{name} receives page {p}", world._replace(broken=f"page-unasked: page {p} is {page.state}")
             return
         claimed = with_page(world, p, page._replace(state=RECEIVING))
-        yield f"{name} claims page {p} = {value}", with_job(claimed, name, Job(self._first if value else "zero", p, value, False))
+        yield f"{name} claims page {p} = {value}", with_job(claimed, name, Job(self._first_step(value), p, value, False))
+
+    def _unasked(self, page: Page) -> bool:
+        """The rule by which a liar is told (COPY_ASKED in destination.c): none is honest here."""
+        return page.state == ABSENT
+
+    def _first_step(self, value: int) -> str:
+        return self._first if value else "zero"
 
     def _job(self, world: World, name: str, job: Job) -> Iterator[Step]:
         p, page, step = job.page, world.pages[job.page], job.step

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 TORN = -1
 ABSENT, REQUESTED, RECEIVING, PRESENT, MAPPED, ZERO = "ABSENT", "REQUESTED", "RECEIVING", "PRESENT", "MAPPED", "ZERO"
+HELD, HELD_ZERO = "HELD", "HELD_ZERO"
 FINAL = (PRESENT, MAPPED, ZERO)
 
 
@@ -19,6 +20,9 @@ class Page(NamedTuple):
     source: int
     truth: int
     streamed: bool  # sent by the bulk stream in this epoch
+    written: bool = True  # at the source, since the page was armed (uffd-wp); as it is before the first time
+    pending: bool = True  # to be sent in this round of precopy; after the pause: stale
+    in_file: bool = False  # the daemon remembers that it put something into the file (COPY_IN_FILE)
 
 
 class Job(NamedTuple):
@@ -28,6 +32,20 @@ class Job(NamedTuple):
     page: int
     value: int
     wake: bool
+
+
+class Precopy(NamedTuple):
+    """An attempt that began with precopy, until it is completed or has come to nothing."""
+
+    rounds: int  # to begin after this one
+    writes: int  # that the guest may do at the source still
+    source: str = "arm"  # what the source's precopy thread, then its stream thread does next
+    at: int = 0  # the page at which it does it
+    inbox: str = "precopy"  # the destination's bulk connection: precopy, marked, ahead, final
+    judged: int = 0  # pages that the stale set, then mapping ahead has come to
+    verdict: tuple[bool, ...] | None = None  # on its way: the stale set to the destination, LACKS back
+    running: bool = False  # the guest has been resumed at the destination
+    ended: bool = False  # the attempt has failed: the loops are being stopped
 
 
 class World(NamedTuple):
@@ -43,6 +61,7 @@ class World(NamedTuple):
     registered: bool
     restarts: int
     broken: str | None
+    precopy: Precopy | None = None
 
 
 def with_page(world: World, p: int, page: Page) -> World:

@@ -18,6 +18,7 @@ BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
 OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
 RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
+MAINS = ("dataplane-main", "precopy-main", "workload-main")
 STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 BUILDS = [
@@ -50,9 +51,9 @@ def programs(request: pytest.FixtureRequest, repository: Path) -> Path:
     except AssertionError:  # left behind by another meson, or by one that was killed
         shutil.rmtree(directory, ignore_errors=True)
         run([*meson, "setup", *options, str(directory), str(repository)], BUILD_DEADLINE_SECONDS)
-    run([*meson, "compile", "-C", str(directory), "dataplane-main", "workload-main"], BUILD_DEADLINE_SECONDS)
+    run([*meson, "compile", "-C", str(directory), *MAINS], BUILD_DEADLINE_SECONDS)
     runtime = RUNTIMES[kind]
-    for name in ("dataplane-main", "workload-main"):
+    for name in MAINS:
         assert runtime is None or runtime in (directory / name).read_bytes(), f"{name} is not built under {OPTIONS[kind]}"
     return directory
 
@@ -74,6 +75,19 @@ def test_data_plane(programs: Path) -> None:
 @pytest.mark.requires("uffd", "hugetlb")
 def test_data_plane_on_hugetlbfs(programs: Path) -> None:
     assert run_main(programs / "dataplane-main", "hugetlb") == ["hugetlb: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd")
+def test_precopy(programs: Path) -> None:
+    """Seeded moves of a guest that writes flat out until it is paused, and the clean-up of one that came to nothing."""
+    assert run_main(programs / "precopy-main", "1", "6") == ["precopy: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd", "hugetlb")
+def test_precopy_on_hugetlbfs(programs: Path) -> None:
+    assert run_main(programs / "precopy-main", "1", "1", "hugetlb") == ["precopy: held"]
 
 
 @pytest.mark.timeout(180)

@@ -19,19 +19,27 @@ TOKEN, STATE = b"0123456789abcdef", b"registers"
 
 # One good instance of every message, as it is on the wire.
 CONTROL: dict[str, dict[str, Any]] = {
-    "offer": {"guest_id": "db-1", "regions": [REGION], "clock_id": "here", "software": "postcopy 0.1"},
-    "accept": {"token": TOKEN, "waiting_guest_id": "w", "clock_id": "there", "software": "postcopy 0.1"},
+    "offer": {"guest_id": "db-1", "regions": [REGION], "clock_id": "here", "software": "postcopy 0.1", "precopy": True},
+    "accept": {"token": TOKEN, "waiting_guest_id": "w", "clock_id": "there", "software": "postcopy 0.1", "precopy": True},
     "refused": {"code": "busy", "what": "guest", "expected": "idle", "got": "migrating"},
     "clock_ping": {"sent_ns": 0},
     "clock_pong": {"sent_ns": 0, "peer_ns": (1 << 63) - 1},
     "ready": {},
+    "round": {"number": 1, "pages": 262144},
+    "quiesced": {},
     "prepare": {"clock_offset_ns": -5, "clock_uncertainty_ns": 7},
     "prepared": {},
     "switchover": {"epoch": 0, "state": STATE, "last_step_ns": 9},
     "running": {"epoch": 0},
     "aborted": {"epoch": 0, "reason": "resume refused"},
     "progress": {"pages_present": 1, "faults": 2, "downtime_ns": None, "downtime_uncertainty_ns": 0},
-    "complete": {"downtime_ns": -1, "downtime_uncertainty_ns": 4, "faults": {"remote": LATENCY}, "pages": {"urgent": 4}},
+    "complete": {
+        "downtime_ns": -1,
+        "downtime_uncertainty_ns": 4,
+        "faults": {"remote": LATENCY},
+        "pages": {"urgent": 4},
+        "stale_window_ns": 5,
+    },
     "released": {},
     "cancel": {"reason": "asked to"},
 }
@@ -44,6 +52,10 @@ GUEST: dict[str, dict[str, Any]] = {
     "refused": CONTROL["refused"],
     "prepare": {},
     "prepared": {},
+    "track": {},
+    "tracking": {},
+    "track_failed": {"reason": "ENOSYS"},
+    "untrack": {},
     "pause": {"deadline_ms": 100},
     "paused": {"state": STATE, "last_step_ns": 9},
     "pause_failed": {"reason": "busy"},
@@ -66,6 +78,9 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("control", "offer", "clock_id", ["", "x" * 2000], ["x" * 2001, None]),
     ("control", "accept", "token", [bytes(16)], [bytes(15), bytes(17), "0123456789abcdef"]),
     ("control", "clock_ping", "sent_ns", [0, (1 << 63) - 1], [-1, 1 << 63, 0.0, "0", True, None]),
+    ("control", "offer", "precopy", [True, False], [0, 1, "yes", None]),
+    ("control", "round", "pages", [0, (1 << 63) - 1], [-1, 1 << 63]),
+    ("control", "complete", "stale_window_ns", [None, 0, (1 << 63) - 1], [-1, 1 << 63, True]),
     ("control", "prepare", "clock_offset_ns", [1 - (1 << 63), (1 << 63) - 1], [-(1 << 63), 1 << 63]),
     ("control", "prepare", "clock_uncertainty_ns", [0], [-1, 1 << 63]),
     ("control", "switchover", "epoch", [0, (1 << 32) - 1], [-1, 1 << 32, False]),
@@ -149,7 +164,7 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
     for field in (CONTROL if side == "control" else GUEST)[name]:
         body = on_wire(side, name)
         del body[field]
-        if field in ("offers", "declares"):  # optional
+        if field in ("offers", "declares", "precopy", "stale_window_ns"):  # optional
             decoder(side).feed(wire(body))
             continue
         missing = refusal(side, wire(body))

@@ -68,13 +68,13 @@ def test_codes_and_kinds() -> None:
 
 
 CONTROL = [
-    messages.Offer, messages.Accept, messages.Refused, messages.ClockPing, messages.ClockPong, messages.Ready, messages.Prepare,
-    messages.Prepared, messages.Switchover, messages.Running, messages.Aborted, messages.Progress, messages.Complete,
-    messages.Released, messages.Cancel,
+    messages.Offer, messages.Accept, messages.Refused, messages.ClockPing, messages.ClockPong, messages.Ready, messages.Round,
+    messages.Quiesced, messages.Prepare, messages.Prepared, messages.Switchover, messages.Running, messages.Aborted,
+    messages.Progress, messages.Complete, messages.Released, messages.Cancel,
 ]  # fmt: skip
 GUEST = [
-    messages.Hello, messages.Welcome, messages.Refused, messages.GuestPrepare, messages.GuestPrepared,
-    messages.Pause, messages.Paused, messages.PauseFailed,
+    messages.Hello, messages.Welcome, messages.Refused, messages.GuestPrepare, messages.GuestPrepared, messages.Track,
+    messages.Tracking, messages.TrackFailed, messages.Untrack, messages.Pause, messages.Paused, messages.PauseFailed,
     messages.Resume, messages.ResumeFailed, messages.Running, messages.Stepped, messages.GuestComplete,
     messages.GuestReleased, messages.GuestFailed,
 ]  # fmt: skip

@@ -1,0 +1,107 @@
+/* Precopy at the source, round by round, while the guest runs: what has been written since the last round is sent again.
+ *
+ * A page is armed before its pending mark is taken, and that before it is read: a write that comes after is found by the
+ * next scan. Whoever calls decides when another round is worth it (migrate/precopy.py). A round sends a page once, so over
+ * one connection the copies of a page arrive in the order of the rounds. */
+#include <stdlib.h>
+
+#include "dirty.h"
+#include "result.h"
+#include "schedule.h"
+#include "source.h"
+
+int source_track(struct source *source, int pagemap_fd)
+{
+    source->pending = malloc(source->memory.page_total);
+    if (!source->pending)
+        return ENOMEM;
+    for (uint64_t page = 0; page < source->memory.page_total; page++)
+        atomic_init(&source->pending[page], 1); /* the first round is everything */
+    source->pagemap_fd = pagemap_fd;
+    return 0;
+}
+
+static void end_with(struct loop_result *result, int error_number, const char *where)
+{
+    if (error_number != 0)
+        result_fail(result, LOOP_TRACKING_FAILED, error_number, where);
+    else
+        result->reason = LOOP_FINISHED;
+}
+
+void precopy_arm(struct source *source, struct loop_result *result)
+{
+    result_reset(result);
+    schedule_bulk();
+    atomic_store_explicit(&source->pages_pending, source->memory.page_total, memory_order_relaxed);
+    end_with(result, dirty_arm_all(&source->memory, source->pagemap_fd), "arm");
+}
+
+void precopy_count(struct source *source, struct loop_result *result)
+{
+    result_reset(result);
+    uint64_t pages = 0, bytes = 0;
+    int error_number = dirty_count(&source->memory, source->pagemap_fd, &pages, &bytes);
+    atomic_store_explicit(&source->pages_written, pages, memory_order_relaxed);
+    atomic_store_explicit(&source->bytes_written, bytes, memory_order_relaxed);
+    end_with(result, error_number, "count");
+}
+
+void precopy_collect(struct source *source, struct loop_result *result)
+{
+    result_reset(result);
+    schedule_bulk();
+    uint64_t newly = 0;
+    int error_number = dirty_collect(&source->memory, source->pagemap_fd, true, source->pending, &newly);
+    atomic_fetch_add_explicit(&source->pages_pending, newly, memory_order_relaxed);
+    end_with(result, error_number, "collect");
+}
+
+/* The next pending page at or behind this one; page_total when there is none. */
+static uint64_t next_pending(const struct source *source, uint64_t page)
+{
+    while (page < source->memory.page_total && !atomic_load_explicit(&source->pending[page], memory_order_relaxed))
+        page++;
+    return page;
+}
+
+static bool send_pending(struct run_sender *sender, uint64_t *page, struct loop_result *result)
+{
+    struct source *source = sender->source;
+    const struct region *region = region_of_page(source, *page);
+    uint64_t page_index = *page - region->first_page, run_pages = 0, run_pages_max = sender->buffer_bytes / region->memory.page_bytes;
+    while (run_pages < run_pages_max && page_index + run_pages < region->page_count &&
+           atomic_exchange_explicit(&source->pending[*page + run_pages], 0, memory_order_relaxed))
+        run_pages++;
+    atomic_fetch_sub_explicit(&source->pages_pending, run_pages, memory_order_relaxed);
+    *page += run_pages;
+    return run_send(sender, region, page_index, run_pages, result);
+}
+
+void precopy_send(struct source *source, int bulk_socket, struct loop_result *result)
+{
+    result_reset(result);
+    struct run_sender sender;
+    int error_number = run_sender_init(&sender, source, bulk_socket, true);
+    if (error_number != 0) {
+        result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
+        return;
+    }
+    thread_named("precopy");
+    schedule_bulk();
+    result->reason = LOOP_FINISHED;
+    uint64_t page = next_pending(source, 0);
+    while (page < source->memory.page_total && send_pending(&sender, &page, result))
+        page = next_pending(source, page);
+    run_sender_deinit(&sender);
+}
+
+void precopy_end(struct source *source, int bulk_socket, struct loop_result *result)
+{
+    result_reset(result);
+    struct channel channel = {.socket = bulk_socket};
+    struct frame_header header = {.magic = FRAME_MAGIC, .kind = FRAME_MARK};
+    struct iovec piece = {&header, FRAME_HEADER_BYTES};
+    if (channel_send_all(&channel, &piece, 1, source->stop_fd, result))
+        result->reason = LOOP_FINISHED;
+}
