@@ -300,10 +300,10 @@ class Daemon:
             await self.stopping.wait()
             await self._settle()
         finally:
-            await http.stop()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await http.stop()  # last: whoever watches a migration is told how it settled, not only that the daemon ends
             for link in list(self._links):
                 link.close()
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):

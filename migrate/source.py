@@ -168,7 +168,9 @@ class SourceMigration(Migration):
     async def _track(self) -> None:
         """Whether there is precopy, and if it was wanted and cannot be, why; said once."""
         if self.precopy.rounds == 0 or not self.bulk:
-            self.switched_because = "no precopy was asked for"
+            self.switched_because = (
+                "no precopy was asked for" if self.bulk else "no precopy: without bulk only touched pages cross"
+            )
             return
         why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS)
         if why is not None:

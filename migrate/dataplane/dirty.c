@@ -44,7 +44,11 @@ static long scan_next(struct scan *scan)
             continue;
         if (runs < 0)
             return -1;
-        scan->at = request.walk_end > scan->at ? request.walk_end : scan->end;
+        if (request.walk_end <= scan->at) { /* not walked is not clean */
+            errno = EIO;
+            return -1;
+        }
+        scan->at = request.walk_end;
         if (runs > 0)
             return runs;
     }
