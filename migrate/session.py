@@ -86,7 +86,9 @@ class MigrationStatus(BaseModel):
     started_at: AwareDatetime
     ended_at: Annotated[AwareDatetime | None, Field(description="When it settled.")]
     pages_total: int
-    pages_done: Annotated[int, Field(description="Source: sent. Destination: final in the guest's memory.")]
+    pages_done: Annotated[
+        int, Field(description="Source: sent. Destination: final in the guest's memory; during precopy held there.")
+    ]
     pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero, precopy.")]
     bytes_moved: int
     faults_count: int
