@@ -8,6 +8,7 @@
 struct poller {
     uint64_t most_ns; /* 0: always sleep */
     uint64_t now_ns;  /* how long it looks now, at most most_ns */
+    uint32_t resting; /* so many waits more it does not look: somebody else wants the CPU */
 };
 
 /* poll(2) without a deadline. The time spent looking is added to *polled_ns. */
