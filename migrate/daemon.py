@@ -60,6 +60,7 @@ class Daemon:
         metrics_at: Address | None,
         insecure: bool,
         congestion_control: str | None = None,
+        poll_ns: int = 0,
         socket_group: str | None = None,
     ) -> None:
         self.role = role
@@ -76,7 +77,7 @@ class Daemon:
         self.stopping = asyncio.Event()
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
         self._listen_at, self._metrics_at = listen_at, metrics_at
-        self._congestion_control, self._socket_group = congestion_control, socket_group
+        self._congestion_control, self._socket_group, self._poll_ns = congestion_control, socket_group, poll_ns
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._half_open = 0
@@ -148,6 +149,7 @@ class Daemon:
             bulk=bulk,
             precopy=precopy,
             congestion_control=self._congestion_control,
+            poll_ns=self._poll_ns,
         )
         self._start(migration)
         return migration
@@ -236,7 +238,15 @@ class Daemon:
         await answer(sock, AnswerCode.WELCOME)
         _, control = await asyncio.get_running_loop().connect_accepted_socket(ControlConnection, sock)
         self._start(
-            DestinationMigration(preamble.migration_id, peer, control, self.take_waiting, self.quiet, self._migration_ended)
+            DestinationMigration(
+                preamble.migration_id,
+                peer,
+                control,
+                self.take_waiting,
+                self.quiet,
+                self._migration_ended,
+                poll_ns=self._poll_ns,
+            )
         )
 
     async def _greet_data(self, sock: socket.socket, preamble: Preamble) -> None:

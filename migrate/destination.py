@@ -70,12 +70,15 @@ class DestinationMigration(Migration):
         take_guest: Callable[[Offer], GuestLink],
         quiet: Quiet,
         on_end: Callable[[Migration], None],
+        *,
+        poll_ns: int = 0,
     ) -> None:
         super().__init__(migration_id, "?", peer, on_end)
         self.token = os.urandom(16)
         self.guest: GuestLink | None = None
         self._control = control
         self._take_guest = take_guest
+        self._poll_ns = poll_ns
         self._quiet = quiet
         self._plane: DestinationPlane | None = None
         self._figures: dict[str, int] = {}
@@ -116,6 +119,7 @@ class DestinationMigration(Migration):
         self.guest = guest
         self._precopy = offer.precopy
         self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
+        self._plane.poll(self._poll_ns)
         await self._empty(self._plane)
         self.pages_total = self._plane.figures()["pages_total"]
         self._loop.add_reader(self._plane.final_fd, self._pages_final)

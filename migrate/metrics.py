@@ -34,6 +34,7 @@ class GuestTotals:
         self.ended: defaultdict[str, int] = defaultdict(int)
         self.errors: defaultdict[str, int] = defaultdict(int)
         self.pages_lost = 0
+        self.polled_seconds = 0.0
         self.downtime_seconds: float | None = None
         self.downtime_uncertainty_seconds = 0.0
 
@@ -52,6 +53,7 @@ class GuestTotals:
             self.pages[path] += pages
         for path in ("urgent", "bulk", "precopy"):
             self.bytes_moved[path] += figures.get(f"bytes_{path}", 0)
+        self.polled_seconds += figures.get("polled_ns", 0) / 1e9
         if migration.downtime_ns is not None:
             self.downtime_seconds = migration.downtime_ns / 1e9
             self.downtime_uncertainty_seconds = migration.downtime_uncertainty_ns / 1e9
@@ -68,6 +70,7 @@ class GuestTotals:
             copied.latency[kind] = Histogram()
             copied.latency[kind].add(histogram)
         copied.pages_lost = self.pages_lost
+        copied.polled_seconds = self.polled_seconds
         copied.downtime_seconds = self.downtime_seconds
         copied.downtime_uncertainty_seconds = self.downtime_uncertainty_seconds
         return copied
@@ -160,6 +163,9 @@ class DaemonCollector(Collector):
             "Pages that a stalled migration left without content here. The source still has them; nobody fetches them yet.",
             labels=labels,
         )
+        polled = CounterMetricFamily(
+            "postcopy_polled_seconds", "CPU time in which loops looked for work instead of sleeping (--poll).", labels=labels
+        )
         downtime = GaugeMetricFamily(
             "postcopy_downtime_seconds", "Of the last migration: last step at the source to first one here.", labels=labels
         )
@@ -180,7 +186,8 @@ class DaemonCollector(Collector):
                 errors.add_metric([role, guest, kind], number)
             if role == Role.DESTINATION:  # 0 is said too: an alert needs the series before the loss
                 lost.add_metric([role, guest], figures.pages_lost)
+            polled.add_metric([role, guest], figures.polled_seconds)
             if figures.downtime_seconds is not None:
                 downtime.add_metric([role, guest], figures.downtime_seconds)
                 uncertainty.add_metric([role, guest], figures.downtime_uncertainty_seconds)
-        yield from (faults, pages, moved, ended, errors, lost, downtime, uncertainty)
+        yield from (faults, pages, moved, ended, errors, lost, polled, downtime, uncertainty)

@@ -202,8 +202,13 @@ class Migration:
             if not future.done():
                 future.set_result(result)
 
-        self._threads.append(LoopThread(name, function, lambda result: _post(self._loop, lambda: deliver(result))))
-        return await future
+        thread = LoopThread(name, function, lambda result: _post(self._loop, lambda: deliver(result)))
+        self._threads.append(thread)
+        result = await future
+        thread.join()  # it has said its last word: a migration may call a thousand times
+        if thread in self._threads:
+            self._threads.remove(thread)
+        return result
 
     def loop_ended(self, result: LoopResult) -> None:
         raise NotImplementedError

@@ -77,6 +77,7 @@ class SourceMigration(Migration):
         bulk: bool = True,
         precopy: PrecopyPolicy = AUTO,
         congestion_control: str | None = None,
+        poll_ns: int = 0,
     ) -> None:
         super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
         self.guest = guest
@@ -86,7 +87,7 @@ class SourceMigration(Migration):
         self.rounds: list[RoundFigures] = []
         self._stale_window_ns: int | None = None
         self._tracked = False
-        self._congestion_control = congestion_control
+        self._congestion_control, self._poll_ns = congestion_control, poll_ns
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
@@ -123,6 +124,7 @@ class SourceMigration(Migration):
         self.guest.on_failed = self._guest_failed
         self.advance(Event.CONNECT)
         self._plane = SourcePlane(self.guest.regions)
+        self._plane.poll(self._poll_ns)
         self.pages_total = self._plane.figures()["pages_total"]
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)

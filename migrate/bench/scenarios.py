@@ -24,7 +24,7 @@ CPU_TICK_SECONDS = 0.01
 
 
 def bench_pair() -> Pair:
-    return Pair(arguments=("--congestion-control", "reno"))
+    return Pair(arguments=("--congestion-control", "reno", "--poll", "0"))
 
 
 class Shuttle:

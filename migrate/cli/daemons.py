@@ -9,6 +9,7 @@ from migrate.cli import runtime_dir_of
 
 SOURCE_METRICS = "127.0.0.1:9641"
 DESTINATION_METRICS = "127.0.0.1:9642"
+POLL_MICROSECONDS = 50
 DESTINATION_LISTEN = "127.0.0.1:7641"
 
 RuntimeDirOption = Annotated[Path | None, typer.Option(help="Where this daemon keeps its sockets (0700); POSTCOPY_RUNTIME_DIR.")]
@@ -25,6 +26,13 @@ SocketGroupOption = Annotated[
     typer.Option("--socket-group", help="Group (name or number) whose members may attach guests and steer; default: nobody."),
 ]
 
+PollOption = Annotated[
+    int,
+    typer.Option(
+        "--poll", min=0, max=10_000, help="Microseconds, at most, that fault and serve threads look for work before they sleep."
+    ),
+]
+
 
 def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command()(source)
@@ -36,10 +44,11 @@ def source(
     metrics: MetricsOption = SOURCE_METRICS,
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
+    poll: PollOption = POLL_MICROSECONDS,
     socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a source daemon: guests attach to it and are moved away from it."""
-    _run("source", runtime_dir, None, metrics, insecure, congestion_control, socket_group)
+    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, socket_group)
 
 
 def destination(
@@ -48,10 +57,11 @@ def destination(
     metrics: MetricsOption = DESTINATION_METRICS,
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
+    poll: PollOption = POLL_MICROSECONDS,
     socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
-    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, socket_group)
+    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, socket_group)
 
 
 def _run(
@@ -61,6 +71,7 @@ def _run(
     metrics: str,
     insecure: bool,
     congestion_control: str | None,
+    poll_microseconds: int,
     socket_group: str | None,
 ) -> None:
     import uvloop
@@ -76,6 +87,7 @@ def _run(
             metrics_at=None if metrics == "off" else Address.parse(metrics),
             insecure=insecure,
             congestion_control=congestion_control,
+            poll_ns=poll_microseconds * 1000,
             socket_group=socket_group,
         )
         await daemon.serve()

@@ -185,6 +185,10 @@ class DestinationPlane(_Plane):
         pointer = lib.destination_create(array, len(regions), userfaultfd, error)
         super().__init__(_created(pointer, error[0]), array, lib.destination_destroy)
 
+    def poll(self, poll_ns: int) -> None:
+        """Before the loops begin: how long the fault loop looks for work before it sleeps, at most."""
+        lib.destination_poll(self._pointer, poll_ns)
+
     def fault_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("fault", lib.fault_loop, urgent_socket)
 
@@ -233,6 +237,10 @@ class SourcePlane(_Plane):
         array, error = _regions(regions), ffi.new("int *")
         pointer = lib.source_create(array, len(regions), error)
         super().__init__(_created(pointer, error[0]), array, lib.source_destroy)
+
+    def poll(self, poll_ns: int) -> None:
+        """Before the loops begin: how long the serve loop looks for requests before it sleeps, at most."""
+        lib.source_poll(self._pointer, poll_ns)
 
     def track(self, pagemap_fd: int) -> None:
         """Precopy is next: what the guest writes is seen through its pagemap, borrowed until ``close``."""

@@ -74,6 +74,7 @@ enum fault_kind {
     X(pages_final)                  /* present, mapped or zero */           \
     X(requests_sent) X(requests_outstanding)                                \
     X(wakes)                        /* EEXIST: mapped already, woken */     \
+    X(polled_ns)                    /* the fault loop looked instead of sleeping */ \
     X(faults_untimed)               /* more waiting than the table holds */
 
 #define X(name) uint64_t name;
@@ -88,6 +89,8 @@ struct destination;
 /* NULL with *error_number set: EINVAL (a region not of whole pages, or beyond its file's end), ENOMEM, or mmap's errno. */
 struct destination *destination_create(const struct memory_region *regions, uint32_t region_count, int userfaultfd, int *error_number);
 void destination_destroy(struct destination *destination);
+/* Before the loops begin: the fault loop looks for so long before it sleeps, at most, as it adjusts itself; 0 (the default): not. */
+void destination_poll(struct destination *destination, uint64_t poll_ns);
 void destination_stop(struct destination *destination);
 /* Readable once every page is final. */
 int destination_final_fd(const struct destination *destination);
@@ -121,6 +124,7 @@ void destination_latency(const struct destination *destination, uint32_t fault_k
     X(pages_written) X(bytes_written) /* as the last precopy_count found */ \
     X(pages_stale)                /* written when the guest had been paused */ \
     X(pages_sent)                 /* distinct pages, by any path */ \
+    X(polled_ns)                  /* the serve loop looked instead of sleeping */ \
     X(steers)                     /* times bulk went on from a fault */
 
 #define X(name) uint64_t name;
@@ -134,6 +138,8 @@ struct source;
 
 struct source *source_create(const struct memory_region *regions, uint32_t region_count, int *error_number);
 void source_destroy(struct source *source);
+/* The same for the serve loop. */
+void source_poll(struct source *source, uint64_t poll_ns);
 void source_stop(struct source *source);
 /* The guest is paused for good: its memory is final. Until then serve_loop answers nothing (promise P2). */
 void source_open(struct source *source);

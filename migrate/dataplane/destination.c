@@ -58,6 +58,11 @@ void destination_destroy(struct destination *destination)
     free(destination);
 }
 
+void destination_poll(struct destination *destination, uint64_t poll_ns)
+{
+    destination->poll_ns = poll_ns;
+}
+
 void destination_stop(struct destination *destination)
 {
     eventfd_write(destination->stop_fd, 1);

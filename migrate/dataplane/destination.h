@@ -19,6 +19,7 @@ struct destination {
     int final_fd;
     int marked_fd; /* readable: the mark has come */
     int open_fd;   /* readable: the guest has been resumed here */
+    uint64_t poll_ns; /* how long the fault loop looks before it sleeps, at most */
     page_byte *state;
     _Atomic uint8_t *copies;
     _Atomic uint64_t map_steer; /* flat page of the last local fault: where to map ahead next; STEER_NONE */

@@ -13,6 +13,7 @@
 
 #include "inbox.h"
 #include "../uffd/kernel.h"
+#include "poller.h"
 #include "result.h"
 #include "schedule.h"
 
@@ -30,6 +31,7 @@ struct fault_context {
     struct destination *destination;
     struct inbox inbox;
     struct request_queue queue;
+    struct poller poller;
 };
 
 static bool queue_request(struct fault_context *context, const struct region *region, uint64_t page_index)
@@ -178,7 +180,7 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         {.fd = context->inbox.channel.socket, .events = (short)(POLLIN | (sending ? POLLOUT : 0))},
         {.fd = destination->stop_fd, .events = POLLIN},
     };
-    if (poll(polled, 3, -1) < 0)
+    if (poller_wait(&context->poller, polled, 3, &destination->polled_ns) < 0)
         return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
     if (polled[2].revents)
         return result_fail(result, LOOP_STOPPED, 0, "poll");
@@ -198,7 +200,7 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
 void fault_loop(struct destination *destination, int urgent_socket, struct loop_result *result)
 {
     result_reset(result);
-    struct fault_context context = {.destination = destination};
+    struct fault_context context = {.destination = destination, .poller = {.most_ns = destination->poll_ns}};
     int error_number = inbox_init(&context.inbox, destination, urgent_socket, PATH_URGENT);
     if (error_number != 0) {
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");

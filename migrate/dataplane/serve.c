@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "channel.h"
+#include "poller.h"
 #include "result.h"
 #include "schedule.h"
 #include "source.h"
@@ -15,6 +16,7 @@
 struct serve_context {
     struct source *source;
     struct channel channel;
+    struct poller poller;
     char *page; /* the largest */
     struct frame_header request[REQUESTS_PER_RECV];
     size_t received_bytes;
@@ -50,9 +52,18 @@ static bool answer_request(struct serve_context *context, const struct frame_hea
     return true;
 }
 
+static bool wait_for_requests(struct serve_context *context, struct loop_result *result)
+{
+    struct source *source = context->source;
+    struct pollfd polled[2] = {{.fd = context->channel.socket, .events = POLLIN}, {.fd = source->stop_fd, .events = POLLIN}};
+    if (poller_wait(&context->poller, polled, 2, &source->polled_ns) < 0 && errno != EINTR)
+        return result_fail(result, LOOP_CONNECTION_FAILED, errno, "poll");
+    return !polled[1].revents || result_fail(result, LOOP_STOPPED, 0, "poll");
+}
+
 static bool serve_round(struct serve_context *context, struct loop_result *result)
 {
-    if (!wait_ready(context->channel.socket, POLLIN, context->source->stop_fd, result))
+    if (!wait_for_requests(context, result))
         return false;
     char *buffer = (char *)context->request;
     ssize_t received_bytes = channel_receive(&context->channel, buffer + context->received_bytes,
@@ -72,7 +83,7 @@ static bool serve_round(struct serve_context *context, struct loop_result *resul
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result)
 {
     result_reset(result);
-    struct serve_context context = {.source = source, .channel = {.socket = urgent_socket}};
+    struct serve_context context = {.source = source, .channel = {.socket = urgent_socket}, .poller = {.most_ns = source->poll_ns}};
     context.page = malloc(source->memory.page_bytes_max);
     if (!context.page) {
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");

@@ -49,6 +49,11 @@ void source_destroy(struct source *source)
     free(source);
 }
 
+void source_poll(struct source *source, uint64_t poll_ns)
+{
+    source->poll_ns = poll_ns;
+}
+
 void source_stop(struct source *source)
 {
     eventfd_write(source->stop_fd, 1);

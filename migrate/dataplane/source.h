@@ -9,6 +9,7 @@
 struct source {
     struct memory memory;
     int stop_fd;
+    uint64_t poll_ns; /* how long the serve loop looks before it sleeps, at most */
     int open_fd;      /* readable: the guest is paused, its memory is final */
     int open_bulk_fd; /* readable: bulk may begin */
     _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path since the guest was paused */

@@ -26,6 +26,7 @@ ROWS = (
     Row("uffd", "process guests, 4 KiB pages", "guests", "core", guests.userfaultfd),
     Row("uffd-kernel", "faults in the kernel (KVM, read)", "guests", "used", guests.kernel_mode_faults),
     Row("hugetlb-2m", "2 MiB pages", "guests", "used", guests.huge_pages),
+    Row("dirty-tracking", "precopy: written pages told", "guests", "used", guests.dirty_tracking),
     Row("shared-memory", "tmpfs memory", "guests", "used", limits.shared_memory),
     Row("page-granularity", "memory arrives in 4 KiB", "guests", "used", guests.page_granularity),
     Row("dirty-tracking", "precopy: dirty tracking", "guests", "used", guests.dirty_tracking),

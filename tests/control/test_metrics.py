@@ -36,6 +36,7 @@ TYPES = {
     "postcopy_migrations": "counter",
     "postcopy_errors": "counter",
     "postcopy_lost_pages": "counter",
+    "postcopy_polled_seconds": "counter",
     "postcopy_downtime_seconds": "gauge",
     "postcopy_downtime_uncertainty_seconds": "gauge",
 }
