@@ -29,7 +29,6 @@ ROWS = (
     Row("dirty-tracking", "precopy: written pages told", "guests", "used", guests.dirty_tracking),
     Row("shared-memory", "tmpfs memory", "guests", "used", limits.shared_memory),
     Row("page-granularity", "memory arrives in 4 KiB", "guests", "used", guests.page_granularity),
-    Row("dirty-tracking", "precopy: dirty tracking", "guests", "used", guests.dirty_tracking),
     Row("congestion-control", "congestion control", "transport", "used", transport.congestion_control),
     Row("memory", "memory", "limits", "used", limits.memory),
     Row("open-files", "open files", "limits", "used", limits.open_files),
