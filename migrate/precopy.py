@@ -16,7 +16,8 @@ DEADLINE_SECONDS_MAX = 1e6
 class PrecopyPolicy:
     """``rounds``: None decides by the figures, 0 is pure postcopy, N makes exactly so many (``--precopy auto|off|N``).
 
-    ``stale_bytes_max``: few enough to switch over at once. ``deadline_seconds``: of precopy as a whole.
+    ``stale_bytes_max``: few enough to switch over at once. ``deadline_seconds``: of precopy; a
+    round that has begun is finished.
     """
 
     rounds: int | None = None

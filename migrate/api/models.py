@@ -66,7 +66,7 @@ class MigrateRequest(BaseModel):
     ] = AUTO.stale_bytes_max
     deadline_seconds: Annotated[
         float | None,
-        Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy as a whole: then the guest is switched over."),
+        Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy: after so long no further round begins."),
     ] = None
 
     def policy(self) -> PrecopyPolicy:
