@@ -39,7 +39,8 @@ def migrate(
         str, typer.Option("--max-stale-bytes", help="SIZE: so few stale bytes are switched over at once.")
     ] = "1M",
     deadline: Annotated[
-        float | None, typer.Option(min=0.001, max=DEADLINE_SECONDS_MAX, help="Seconds of precopy after which no further round begins.")
+        float | None,
+        typer.Option(min=0.001, max=DEADLINE_SECONDS_MAX, help="Seconds of precopy after which no further round begins."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
