@@ -62,9 +62,10 @@ def memory_at_most(swap_free_bytes: int) -> list[Limit]:
         swap = _limit(directory / "memory.swap.max", directory / "memory.swap.current")
         swap_bytes = swap_free_bytes if swap is None else min(swap_free_bytes, int(swap.left))
         for name, used, elsewhere_bytes in (
-            ("memory.max", "memory.current", swap_bytes),
+            # Memory and swap together, first: the kernel refuses to lift the other limit above this one.
+            ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", 0),
             ("memory.limit_in_bytes", "memory.usage_in_bytes", swap_bytes),
-            ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", 0),  # memory and swap together
+            ("memory.max", "memory.current", swap_bytes),
         ):
             limit = _limit(directory / name, directory / used)
             if limit is not None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from migrate.host import cgroup, sentences
 from migrate.host.hugepages import pool, size_text
@@ -21,17 +22,18 @@ class Bound:
 
     left_bytes: int
     what: str
+    kind: Literal["machine", "cgroup", "tmpfs"] = "machine"
     total_bytes: int = 0
-    place: Path | None = None
+    place: str = ""
 
     def remedy(self, needed_bytes: int) -> str:
         """The one thing to change so that so much can be had."""
-        if self.place is None:
+        if self.kind == "machine":
             return "free memory on this machine, or add swap"
-        if self.place.is_dir():
-            size_mib = (self.total_bytes + needed_bytes - self.left_bytes + (1 << 20) - 1) >> 20
-            return f"mount -o remount,size={size_mib}M {self.place}"
-        return cgroup.Limit(self.place, self.total_bytes).remedy
+        if self.kind == "cgroup":
+            return cgroup.Limit(Path(self.place), self.total_bytes).remedy
+        size_mib = (self.total_bytes + needed_bytes - self.left_bytes + (1 << 20) - 1) >> 20
+        return f"mount -o remount,size={size_mib}M {self.place}"
 
 
 def memory() -> Iterator[Bound]:
@@ -41,7 +43,8 @@ def memory() -> Iterator[Bound]:
     what = f"of memory on this machine ({size_text(available_bytes)} available, {size_text(swap_bytes)} of swap free)"
     yield Bound(available_bytes + swap_bytes, what)
     for limit in cgroup.memory_at_most(swap_bytes):
-        yield Bound(int(limit.left), f"within {limit.path} ({size_text(int(limit.value))})", int(limit.value), limit.path)
+        value = int(limit.value)
+        yield Bound(int(limit.left), f"within {limit.path} ({size_text(value)})", "cgroup", value, str(limit.path))
 
 
 def slowed() -> list[cgroup.Limit]:
@@ -59,11 +62,11 @@ def tmpfs(descriptor: int) -> Bound | None:
         return None
     total_bytes = status.f_blocks * status.f_frsize
     folder = Path(os.readlink(f"/proc/self/fd/{descriptor}").removesuffix(" (deleted)")).parent
-    # A guest in another mount namespace names a path that is not ours.
+    # The path is that of the guest's mount namespace, which may not be ours.
     ours = folder.is_dir() and folder.stat().st_dev == os.fstat(descriptor).st_dev
-    place = mount_of(folder).place if ours else None
-    what = f"on the tmpfs {place or 'of the guest'} ({size_text(total_bytes)})"
-    return Bound(status.f_bavail * status.f_frsize, what, total_bytes, place)
+    place = str(mount_of(folder).place) if ours else f"{folder} (where the guest has it)"
+    what = f"on the tmpfs {place}, of {size_text(total_bytes)}"
+    return Bound(status.f_bavail * status.f_frsize, what, "tmpfs", total_bytes, place)
 
 
 def huge_pages(pages: int, page_bytes: int) -> tuple[str, str]:
