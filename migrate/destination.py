@@ -172,6 +172,7 @@ class DestinationMigration(Migration):
         """All that the guest needs can be had, its huge pages are here. Raises NoRoomError, or what ended the migration."""
         assert self._plane is not None
         assert self.guest is not None
+        await self._quiet.wait()  # looking takes most of a millisecond, which may be another guest's downtime
         self._room.claim(self.migration_id, self.guest.regions, [region.populated_bytes for region in offer.regions])
         if all(region.page_bytes == 4096 for region in self.guest.regions):
             return
@@ -222,6 +223,7 @@ class DestinationMigration(Migration):
         message = await self._receive_or_cancel(Prepare, deadline_seconds=PREPARED_DEADLINE_SECONDS)
         assert isinstance(message, Prepare)
         self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns
+        await self._quiet.wait()
         self._room.check(self.migration_id, message.populated_bytes)  # the last moment at which it can be refused
         async with self._quiet:
             self.advance(Event.PREPARE)
@@ -280,6 +282,7 @@ class DestinationMigration(Migration):
                 raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
             if isinstance(message, Round):  # may come behind its own pages, and behind the mark: that is another connection
                 self.rounds_begun = message.number
+                await self._quiet.wait()
                 self._room.check(self.migration_id, message.populated_bytes)
             if isinstance(message, kind):
                 return message
