@@ -33,6 +33,7 @@ from migrate.network import Address, accept, answer, listen, receive_preamble, r
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.region import shape_of, shape_text
+from migrate.room import Room
 from migrate.session import Migration
 from migrate.source import SourceMigration
 from migrate.switchover import Quiet
@@ -70,6 +71,7 @@ class Daemon:
         self.store = DescriptorStore()
         self.totals = Totals()
         self.quiet = Quiet()
+        self.room = Room()
         self.events = EventLog(self.quiet)
         self.addresses: dict[str, str] = {}
         self.insecure = insecure
@@ -244,6 +246,7 @@ class Daemon:
                 control,
                 self.take_waiting,
                 self.quiet,
+                self.room,
                 self._migration_ended,
                 poll_ns=self._poll_ns,
             )

@@ -203,6 +203,10 @@ class DestinationPlane(_Plane):
         """Before a migration, and after one that came to nothing: the waiting memory is empty."""
         return self._run("clean", lib.destination_clean)
 
+    def back(self) -> LoopResult:
+        """Every huge page is allocated; ``stop`` ends it. ``memory-failed`` with ENOMEM or ENOSPC: there is no room."""
+        return self._run("room", lib.destination_back)
+
     def finish(self) -> LoopResult:
         return self._run("finish", lib.destination_finish)
 

@@ -105,6 +105,9 @@ void destination_open(struct destination *destination);
 /* While no loop runs, before a migration and after one that came to nothing: no byte is in the waiting memory, nothing of it is
  * mapped, and who waited for a page of it faults anew. LOOP_FINISHED, or what is wrong. */
 void destination_clean(struct destination *destination, struct loop_result *result);
+/* After that, before a migration: every huge page is allocated. LOOP_FINISHED, LOOP_STOPPED; LOOP_MEMORY_FAILED with ENOMEM or ENOSPC:
+ * there is no room. Regions of 4 KiB pages take theirs as content comes. */
+void destination_back(struct destination *destination, struct loop_result *result);
 
 /* After the loops: check that every page is final, map what is only PRESENT, unregister. LOOP_FINISHED, or what is wrong;
  * on LOOP_INCOMPLETE nothing was unregistered (promise P3). */
