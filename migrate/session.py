@@ -68,7 +68,9 @@ class PrecopyInfo(BaseModel):
         float | None,
         Field(description="From the guest's resumption to when each precopied page was known stale or final."),
     ]
-    faults_held: Annotated[int, Field(description="In that window, on pages that were here: the source was asked.")]
+    faults_held: Annotated[
+        int | None, Field(description="At the destination: in that window, on pages that were here; the source was asked.")
+    ]
 
 
 class MigrationStatus(BaseModel):

@@ -421,7 +421,7 @@ class SourceMigration(Migration):
             bytes_moved=figures.get("bytes_precopy", 0),
             stale_pages=figures.get("pages_stale", 0),
             stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
-            faults_held=0,
+            faults_held=None,
         )
 
     def faults_count(self) -> int:
