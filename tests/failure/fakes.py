@@ -269,7 +269,10 @@ class FakeDestination:
         return self.control.receive(Offer)
 
     def send_accept(self) -> None:
-        self.control.send(Accept(token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination"))
+        self.control.send(self.accepted())
+
+    def accepted(self) -> Accept:
+        return Accept(token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination")
 
     def attach(self) -> None:
         """Data connections are here; not yet said to be ready."""

@@ -1,0 +1,211 @@
+"""Precopy with a bad peer. Before the switchover the one guest runs on and the other waits again, empty; after it, stalled."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from migrate.errors import PostcopyError
+from migrate.pair import Pair, wait_settled
+from migrate.session import MigrationStatus
+from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
+from proto.messages import (
+    Aborted,
+    Cancel,
+    Complete,
+    GuestComplete,
+    Prepare,
+    Prepared,
+    Progress,
+    Quiesced,
+    Refused,
+    Released,
+    Resume,
+    Round,
+    Running,
+    Switchover,
+    Untrack,
+)
+
+from ..path.commuter import Commuter, until
+from .fakes import FakeGuest, FakeSource, receive_exactly
+from .memory_child import PAGE_BYTES
+from .precopy_fakes import PrecopyDestination, PrecopySource, TrackedGuest, bits, content_of, mark, pages, zeroes
+
+pytestmark = pytest.mark.requires("uffd", "wp-async", "pagemap-scan")
+PAGES = 256
+SMALL = ((1 << 20, PAGE_BYTES),)
+HUGE = ((4 << 20, 2 << 20),)
+
+
+@pytest.fixture
+def waits(pair: Pair) -> Iterator[FakeGuest]:
+    with FakeGuest("waits", "waiting") as guest:
+        yield guest.attach(pair.destination.runtime_dir / "guests.sock")
+
+
+@pytest.fixture
+def source(pair: Pair) -> Iterator[PrecopySource]:
+    with PrecopySource(pair.destination.address, SMALL) as source:
+        yield source
+
+
+def state_of(pair: Pair, guest_id: str) -> str:
+    with pair.destination.client() as client:
+        return str(next(one["state"] for one in client.guests() if one["id"] == guest_id))
+
+
+def is_empty(guest: FakeGuest) -> bool:
+    """A hole throughout; of hugetlbfs, which keeps its reservation, zero."""
+    [file], [region] = guest.memory.files, guest.memory.regions
+    if region.page_bytes > PAGE_BYTES:
+        return not any(os.pread(file, region.size_bytes, 0))
+    try:
+        return os.lseek(file, 0, os.SEEK_DATA) < 0
+    except OSError as error:
+        return error.errno == errno.ENXIO
+
+
+def waits_again(pair: Pair, guest: FakeGuest) -> None:
+    """As if nothing had been tried; and the next migration takes it, and finds nothing of the one before."""
+    until(lambda: state_of(pair, guest.guest_id) == "waiting", f"{guest.guest_id} waits again")
+    assert is_empty(guest)
+    assert guest.told_nothing()
+    [region] = guest.memory.regions
+    shape = (region.size_bytes, region.page_bytes)
+    with PrecopySource(pair.destination.address, [shape], guest.guest_id) as source:
+        source.begin_round()
+        source.bulk.sendall(Frame(FrameKind.ZERO, 0, 0, region.size_bytes).encode())
+        source.quiesce()
+        assert is_empty(guest)
+        source.control.beside = guest
+        source.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
+        source.control.receive(Prepared)
+        source.control.send(Switchover(epoch=0, state=b"next", last_step_ns=0))
+        assert guest.resumed() == b"next"
+        page_count = region.size_bytes // region.page_bytes
+        source.bulk.sendall(Frame(FrameKind.STALE, 0, 0, region.size_bytes).encode() + bytes((page_count + 7) // 8))
+        guest.connection.receive(GuestComplete)
+        assert is_empty(guest)
+        finish(source)
+
+
+def finish(source: FakeSource) -> Complete:
+    source.control.receive(Running)
+    while not isinstance(message := source.control.receive(Progress, Complete), Complete):
+        pass
+    source.control.send(Released())
+    source.control.receive_end()
+    return message
+
+
+def stalls(pair: Pair, guest: FakeGuest) -> None:
+    """It stands where it is, told nothing more."""
+    until(lambda: state_of(pair, guest.guest_id) == "lost", f"{guest.guest_id} is stalled")
+    assert guest.told_nothing()
+
+
+def refusal_of(source: FakeSource) -> Refused:
+    while not isinstance(message := source.control.receive(Running, Progress, Refused), Refused):
+        pass
+    source.control.receive_end()
+    return message
+
+
+# --- bad sources --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_source_says_decides(source: PrecopySource, waits: FakeGuest) -> None:
+    """A good one, which the bad ones below are held against: last copies count, stale ones are lacking, others are final."""
+    source.begin_round()
+    source.send_all()
+    source.bulk.sendall(pages(7, b"later".ljust(PAGE_BYTES)) + zeroes(8, 2) + zeroes(20, 1) + pages(20, content_of(20)))
+    source.attach = source.quiesce  # type: ignore[method-assign]
+    source.until_running(waits)
+    source.bulk.sendall(bits(FrameKind.STALE, {3, 9, 255}, PAGES))
+    assert source.receive_lacks(PAGES) == {3, 9, 255}
+    source.bulk.sendall(pages(3, b"final".ljust(PAGE_BYTES)) + zeroes(9, 1) + pages(255, b"last".ljust(PAGE_BYTES)))
+    waits.connection.receive(GuestComplete)
+    wanted = [content_of(page) for page in range(PAGES)]
+    wanted[3], wanted[7], wanted[255] = (one.ljust(PAGE_BYTES) for one in (b"final", b"later", b"last"))
+    wanted[8] = wanted[9] = bytes(PAGE_BYTES)
+    assert os.pread(waits.memory.files[0], 1 << 20, 0) == b"".join(wanted)
+    assert os.lseek(waits.memory.files[0], 8 * PAGE_BYTES, os.SEEK_DATA) == 10 * PAGE_BYTES
+
+
+EARLY_FRAMES = {
+    "stale before mark": (bits(FrameKind.STALE, (), PAGES), "kind", "4"),
+    "lacks of a source": (bits(FrameKind.LACKS, (), PAGES), "kind", "6"),
+    "request of a source": (Frame(FrameKind.REQUEST, 0, 0, PAGE_BYTES).encode(), "kind", "1"),
+    "mark of a region": (mark(region=1), "region", "1"),
+    "mark with a page": (mark(page_index=1), "page_index", "1"),
+    "mark with a length": (mark(length_bytes=PAGE_BYTES), "length_bytes", "4096"),
+    "pages beyond the end": (Frame(FrameKind.PAGES, 0, PAGES - 1, 2 * PAGE_BYTES).encode(), "length_bytes", "8192"),
+}
+
+
+@pytest.mark.parametrize("name", EARLY_FRAMES)
+def test_frame_in_a_round(pair: Pair, source: PrecopySource, waits: FakeGuest, name: str) -> None:
+    sent, field, got = EARLY_FRAMES[name]
+    source.begin_round()
+    source.bulk.sendall(pages(5, content_of(5)) + sent)
+    refusal = source.control.refused()
+    assert refusal.code == "frame-invalid"
+    assert refusal.what.startswith(f"frame {field} (")
+    assert refusal.got == got
+    waits_again(pair, waits)
+
+
+@pytest.mark.parametrize("memory", ["1M", pytest.param("4M:hugetlb", marks=pytest.mark.requires("hugetlb"))])
+@pytest.mark.parametrize("phase", ["before mark", "after mark", "quiesced", "prepared"])
+def test_source_that_dies_before_the_switchover(pair: Pair, phase: str, memory: str) -> None:
+    regions = SMALL if memory == "1M" else HUGE
+    with FakeGuest("waits", "waiting", memory) as guest:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        with PrecopySource(pair.destination.address, regions) as source:
+            source.begin_round()
+            source.send_all()
+            if phase == "after mark":
+                source.bulk.sendall(mark())
+            elif phase != "before mark":
+                source.quiesce()
+            if phase == "prepared":
+                source.control.beside = guest
+                source.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
+                source.control.receive(Prepared)
+            until(lambda: not is_empty(guest), "precopied pages are here")
+        waits_again(pair, guest)
+
+
+def test_source_that_dies_before_the_stale_set(pair: Pair, waits: FakeGuest) -> None:
+    with PrecopySource(pair.destination.address, SMALL) as source:
+        source.until_running(waits)
+    stalls(pair, waits)
+
+
+def test_mark_never_comes(pair: Pair, source: PrecopySource, waits: FakeGuest) -> None:
+    """A round may take long: the destination waits as long as the source stays, which can still call it off."""
+    source.begin_round()
+    source.send_all()
+    source.control.send(Cancel(reason="enough"))
+    source.control.refused()
+    waits_again(pair, waits)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["unmarked", "marked"])
+@pytest.mark.parametrize("said", [Switchover(epoch=0, state=b"", last_step_ns=0), Prepare(clock_offset_ns=0, clock_uncertainty_ns=0)])
+def test_switchover_without_mark(
+    pair: Pair, source: PrecopySource, waits: FakeGuest, said: Switchover | Prepare, marked: bool
+) -> None:
+    """Its pages may be in flight still. Nor is there a switchover that nobody has prepared."""
+    source.begin_round()
+    if marked:
+        if isinstance(said, Prepare):
+            return
+        source.quiesce()
+    source.control.send(said)
+    refusal = source.control.refused()
+    assert refusal.code == "message-unexpected"
+    assert refusal.got == type(said).__name__.lower()
+    waits_again(pair, waits)
