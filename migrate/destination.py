@@ -249,10 +249,14 @@ class DestinationMigration(Migration):
         self, kind: type[Round] | type[Prepare] | type[Switchover], deadline_seconds: float | None = None
     ) -> object:
         while True:
-            message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            message: object
+            if self.state is State.PRECOPY:  # a round may be told behind its own pages, and behind the mark: they come by bulk
+                message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            else:
+                message = await self._control.receive(kind, Cancel, deadline_seconds=deadline_seconds)
             if isinstance(message, Cancel):
                 raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
-            if isinstance(message, Round):  # may come behind its own pages, and behind the mark: that is another connection
+            if isinstance(message, Round):
                 self.rounds_begun = message.number
             if isinstance(message, kind):
                 return message
@@ -339,6 +343,8 @@ class DestinationMigration(Migration):
             self.advance(Event.LOST)
             if self.guest is not None:
                 self.guest.state = GuestState.LOST
+            if isinstance(error, ProtocolError):
+                self._control.refuse(error)
             self.log.error(
                 "migration stalled: the guest waits for pages that are still at the source", reason=str(error), peer=self.peer
             )

@@ -30,6 +30,7 @@ from migrate.network import Address, connect, greet
 from migrate.precopy import AUTO, PrecopyPolicy, RoundFigures, reason_to_switch
 from migrate.session import Migration, PrecopyInfo, RoundInfo
 from migrate.switchover import Quiet, rehearse
+from proto.errors import ProtocolError
 from proto.messages import (
     Accept,
     Cancel,
@@ -344,6 +345,8 @@ class SourceMigration(Migration):
         aborted = isinstance(error, AbortedError) and self.state is State.SWITCHOVER
         if self.state in (State.SWITCHOVER, State.POSTCOPY) and not aborted:
             self.advance(Event.LOST)
+            if self._control is not None and isinstance(error, ProtocolError):
+                self._control.refuse(error)
             self.log.error("migration stalled: the guest stays paused here, its pages kept", reason=str(error), peer=self.peer)
             return
         if self._control is not None and not isinstance(error, PeerRefusedError):

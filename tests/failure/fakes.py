@@ -343,8 +343,8 @@ class FakeDestination:
 class FakeGuest:
     """A guest's agent, in this process. Its memory is a memfd that nobody touches; ``attach`` may lie about all of it."""
 
-    def __init__(self, guest_id: str, role: Literal["running", "waiting"], memory: str = "1M") -> None:
-        self.memory = GuestMemory([MemorySpec.parse(memory)])
+    def __init__(self, guest_id: str, role: Literal["running", "waiting"], *memory: str) -> None:
+        self.memory = GuestMemory([MemorySpec.parse(spec) for spec in memory or ("1M",)])
         self.guest_id, self.role = guest_id, role
         self.userfaultfd = self.memory.register() if role == "waiting" else -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import pytest
 
@@ -49,6 +50,10 @@ def waits(pair: Pair) -> Iterator[FakeGuest]:
 def source(pair: Pair) -> Iterator[PrecopySource]:
     with PrecopySource(pair.destination.address, SMALL) as source:
         yield source
+
+
+def specs(regions: Sequence[tuple[int, int]]) -> list[str]:
+    return [f"{size_bytes >> 10}K" for size_bytes, _ in regions]
 
 
 def state_of(pair: Pair, guest_id: str) -> str:
@@ -189,23 +194,148 @@ def test_mark_never_comes(pair: Pair, source: PrecopySource, waits: FakeGuest) -
     source.begin_round()
     source.send_all()
     source.control.send(Cancel(reason="enough"))
-    source.control.refused()
+    source.control.receive_end()
     waits_again(pair, waits)
 
 
-@pytest.mark.parametrize("marked", [False, True], ids=["unmarked", "marked"])
-@pytest.mark.parametrize("said", [Switchover(epoch=0, state=b"", last_step_ns=0), Prepare(clock_offset_ns=0, clock_uncertainty_ns=0)])
-def test_switchover_without_mark(
-    pair: Pair, source: PrecopySource, waits: FakeGuest, said: Switchover | Prepare, marked: bool
-) -> None:
-    """Its pages may be in flight still. Nor is there a switchover that nobody has prepared."""
+NOW = Prepare(clock_offset_ns=0, clock_uncertainty_ns=0)
+GONE = Switchover(epoch=0, state=b"", last_step_ns=0)
+FIRST = Round(number=1, pages=0)
+
+
+@pytest.mark.parametrize(("after", "said"), [("a round", NOW), ("a round", GONE), ("mark", GONE)])
+def test_switchover_that_is_too_early(pair: Pair, source: PrecopySource, waits: FakeGuest, after: str, said: Prepare) -> None:
+    """Without mark pages may be in flight still; and there is no switchover that nobody has prepared."""
     source.begin_round()
-    if marked:
-        if isinstance(said, Prepare):
-            return
+    if after == "mark":
         source.quiesce()
     source.control.send(said)
     refusal = source.control.refused()
     assert refusal.code == "message-unexpected"
     assert refusal.got == type(said).__name__.lower()
     waits_again(pair, waits)
+
+
+def test_round_without_precopy(pair: Pair, waits: FakeGuest) -> None:
+    with FakeSource(pair.destination.address, SMALL) as source:
+        source.attach()
+        source.control.send(FIRST)
+        refusal = source.control.refused()
+        assert (refusal.code, refusal.got) == ("message-unexpected", "round")
+    waits_again(pair, waits)
+
+
+def test_round_behind_prepare(pair: Pair, source: PrecopySource, waits: FakeGuest) -> None:
+    """P4: the switchover could be on its way, so this side says that it will never resume."""
+    source.prepare(waits)
+    source.control.send(FIRST)
+    assert "round" in source.control.receive(Aborted).reason
+    assert source.control.refused().code == "message-unexpected"
+    waits_again(pair, waits)
+
+
+def test_round_in_postcopy(pair: Pair, source: PrecopySource, waits: FakeGuest) -> None:
+    source.until_running(waits)
+    source.control.send(FIRST)
+    assert refusal_of(source).got == "round"
+    stalls(pair, waits)
+
+
+def test_rounds_told_behind_mark(source: PrecopySource, waits: FakeGuest) -> None:
+    """They are another connection's: the last ones may come behind mark."""
+    source.begin_round()
+    source.bulk.sendall(mark())
+    for number in range(2, 50):
+        source.control.send(Round(number=number, pages=0))
+    source.control.receive(Quiesced)
+    source.control.beside = waits
+    source.control.send(NOW)
+    source.control.receive(Prepared)
+
+
+@dataclass(frozen=True)
+class BadSet:
+    """What is sent as the stale set, and the field at fault."""
+
+    frames: bytes
+    field: str
+    expected: str
+    got: str
+    regions: tuple[tuple[int, int], ...] = SMALL
+
+
+STALE = FrameKind.STALE
+LONG = ((128 << 20) + PAGE_BYTES, PAGE_BYTES)
+BAD_SETS = {
+    "a gap": BadSet(bits(STALE, (), 8) + bits(STALE, (), 8, first=9), "page_index", "8", "9"),
+    "a gap at the start": BadSet(bits(STALE, (), 8, first=8), "page_index", "0", "8"),
+    "one twice": BadSet(bits(STALE, (), 8) * 2, "page_index", "8", "0"),
+    "beyond the end": BadSet(bits(STALE, (), PAGES + 8), "length_bytes", str(1 << 20), str((1 << 20) + 8 * PAGE_BYTES)),
+    "part of a page": BadSet(Frame(STALE, 0, 0, 2048).encode(), "length_bytes", "4096", "2048"),
+    "another region": BadSet(Frame(STALE, 1, 0, 1 << 20).encode(), "region", "0", "1", (*SMALL, *SMALL)),
+    "too many pages": BadSet(bits(STALE, (), 32769), "length_bytes", str(128 << 20), str(LONG[0]), (LONG,)),
+    "a second set": BadSet(bits(STALE, range(PAGES), PAGES) * 2, "kind", "12", "4"),
+    "pages before it": BadSet(pages(0, content_of(0)), "kind", "16", "2"),
+    "zeroes before it": BadSet(zeroes(0, 1), "kind", "16", "3"),
+    "mark again": BadSet(mark(), "kind", "16", "5"),
+    "lacks": BadSet(bits(FrameKind.LACKS, (), PAGES), "kind", "16", "6"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETS)
+def test_stale_set(pair: Pair, name: str) -> None:
+    bad = BAD_SETS[name]
+    with FakeGuest("waits", "waiting", *specs(bad.regions)) as guest, PrecopySource(pair.destination.address, bad.regions) as source:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        source.attach = lambda: (source.begin_round(), source.quiesce())
+        source.until_running(guest)
+        source.bulk.sendall(bad.frames)
+        refusal = refusal_of(source)
+        assert refusal.code == "frame-invalid"
+        assert refusal.what.startswith(f"frame {bad.field} (")
+        assert (refusal.expected, refusal.got) == (bad.expected, bad.got)
+        stalls(pair, guest)
+
+
+def test_stale_set_that_is_cut(pair: Pair, waits: FakeGuest) -> None:
+    with PrecopySource(pair.destination.address, SMALL) as source:
+        source.until_running(waits)
+        source.bulk.sendall(bits(STALE, (), PAGES)[:-1])
+        source.bulk.close()
+        until(lambda: state_of(pair, "waits") == "lost", "the end is noticed")
+    assert waits.told_nothing()
+
+
+def test_pages_behind_mark(pair: Pair, source: PrecopySource, waits: FakeGuest) -> None:
+    """They are read once the guest runs: too late to call it off, and refused, for they may not be final (P2)."""
+    source.begin_round()
+    source.bulk.sendall(mark() + pages(0, content_of(0)))
+    source.control.receive(Quiesced)
+    source.attach = lambda: None
+    source.until_running(waits)
+    refusal = refusal_of(source)
+    assert (refusal.code, refusal.got) == ("frame-invalid", "2")
+    assert is_empty(waits)
+    stalls(pair, waits)
+
+
+def test_page_twice_behind_the_stale_set(pair: Pair, source: PrecopySource, waits: FakeGuest) -> None:
+    source.until_running(waits)
+    source.bulk.sendall(bits(STALE, {4, 5}, PAGES))
+    assert source.receive_lacks(PAGES) == {4, 5}
+    source.bulk.sendall(pages(4, content_of(4)) * 2)
+    refusal = refusal_of(source)
+    assert refusal.code == "page-duplicate"
+    assert "page 4" in refusal.what
+    stalls(pair, waits)
+
+
+def test_bits_beyond_the_last_page(pair: Pair) -> None:
+    """They are nobody's."""
+    regions = ((5 * PAGE_BYTES, PAGE_BYTES),)
+    with FakeGuest("waits", "waiting", *specs(regions)) as guest, PrecopySource(pair.destination.address, regions) as source:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        source.until_running(guest)
+        source.bulk.sendall(bits(STALE, (), 5, beyond=3))
+        assert source.receive_lacks(5) == set()
+        guest.connection.receive(GuestComplete)
