@@ -17,6 +17,7 @@ from migrate.control import ControlConnection
 from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
 from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
+from migrate.network import has_ended
 from migrate.session import Migration, PrecopyInfo
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
@@ -240,6 +241,11 @@ class DestinationMigration(Migration):
         if self.guest is None or self.guest.gone:
             self._abort("the waiting guest is gone")
             raise GuestGoneError("waiting guest", expected="to be here", got="its socket ended")
+        for kind, sock in self._sockets.items():
+            if has_ended(sock):  # that of a parked loop: nobody has noticed
+                what = f"{kind.name.lower()} connection"
+                self._abort(f"the {what} has ended")
+                raise ConnectionLostError(what, expected="to stay", got="its end before the switchover")
 
     def _abort(self, reason: str) -> None:
         self.advance(Event.ABORT)

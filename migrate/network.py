@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import select
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,13 @@ async def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int
         except OSError as error:
             log.error("no connection can be accepted", reason=str(error), hint="raise the limit of open files (LimitNOFILE)")
             await asyncio.sleep(ACCEPT_RETRY_SECONDS)
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether the peer has ended it or it is broken; also when there are bytes before the end that nobody has read."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 async def _receive_exactly(sock: socket.socket, size_bytes: int) -> bytes:

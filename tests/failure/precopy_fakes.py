@@ -5,6 +5,9 @@ import struct
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
+from migrate.client import DaemonClient
+from migrate.pair import wait_settled
+from migrate.session import ErrorFacts
 from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
 from proto.messages import (
     Hello,
@@ -52,9 +55,9 @@ def pages_of(payload: bytes, page_count: int) -> set[int]:
 
 
 class PrecopySource(FakeSource):
-    """``begin_round`` stands in the middle of the first round; ``attach``, and what goes through it, behind the last one."""
+    """``begin_round`` stands in the first round; ``attach``, and what goes through it, does what is left up to `quiesced`."""
 
-    page_bytes = PAGE_BYTES
+    begun = quiesced = False
 
     def offered(self) -> Offer:
         return super().offered().model_copy(update={"precopy": True})
@@ -62,11 +65,14 @@ class PrecopySource(FakeSource):
     def begin_round(self) -> None:
         super().attach()
         self.control.send(Round(number=1, pages=self.page_count))
+        self.begun = True
 
     def attach(self) -> None:
-        self.begin_round()
-        self.send_all()
-        self.quiesce()
+        if not self.begun:
+            self.begin_round()
+            self.send_all()
+        if not self.quiesced:
+            self.quiesce()
 
     @property
     def page_count(self) -> int:
@@ -81,6 +87,7 @@ class PrecopySource(FakeSource):
     def quiesce(self) -> None:
         self.bulk.sendall(mark())
         self.control.receive(Quiesced)
+        self.quiesced = True
 
     def receive_lacks(self, page_count: int) -> set[int]:
         """Of one region of small pages, in one frame."""
@@ -203,3 +210,27 @@ class TouchedGuest(FakeGuest):
 
     def descriptors(self) -> list[int]:
         return [*self.memory.files, self.child.descriptor]
+
+
+# --- what must have come of it ------------------------------------------------------------------------------------------
+
+
+def runs_on(client: DaemonClient, migration_id: str, guest: TrackedGuest) -> ErrorFacts:
+    """P5: as if nothing had been tried; its writes need not be seen any more."""
+    status = wait_settled(client, migration_id)
+    assert status.state == "failed"
+    assert status.error is not None
+    assert "pausing" not in status.timeline_seconds
+    assert guest.untracked()
+    assert guest.told_nothing()
+    assert next(one["state"] for one in client.guests() if one["id"] == guest.guest_id) == "running"
+    return status.error
+
+
+def stays_paused(client: DaemonClient, migration_id: str, guest: TrackedGuest) -> ErrorFacts:
+    """P4: after the switchover nobody but its destination may decide."""
+    status = wait_settled(client, migration_id)
+    assert status.state == "stalled"
+    assert status.error is not None
+    assert guest.told_nothing()
+    return status.error

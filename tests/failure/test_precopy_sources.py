@@ -1,4 +1,4 @@
-"""Precopy with a bad peer. Before the switchover the one guest runs on and the other waits again, empty; after it, stalled."""
+"""What a bad source does in precopy: before the switchover the guest waits again, empty; after it, it is stalled."""
 
 import errno
 import os
@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from migrate.errors import PostcopyError
-from migrate.pair import Pair, wait_settled
-from migrate.session import MigrationStatus
-from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
+from migrate.pair import Pair
+from proto.frame import Frame, FrameKind
 from proto.messages import (
     Aborted,
     Cancel,
@@ -22,22 +20,23 @@ from proto.messages import (
     Quiesced,
     Refused,
     Released,
-    Resume,
     Round,
     Running,
     Switchover,
-    Untrack,
 )
 
-from ..path.commuter import Commuter, until
-from .fakes import FakeGuest, FakeSource, receive_exactly
+from ..path.commuter import until
+from .fakes import FakeGuest, FakeSource
 from .memory_child import PAGE_BYTES
-from .precopy_fakes import PrecopyDestination, PrecopySource, TrackedGuest, bits, content_of, mark, pages, zeroes
+from .precopy_fakes import PrecopySource, bits, content_of, mark, pages, zeroes
 
 pytestmark = pytest.mark.requires("uffd", "wp-async", "pagemap-scan")
 PAGES = 256
 SMALL = ((1 << 20, PAGE_BYTES),)
 HUGE = ((4 << 20, 2 << 20),)
+LARGE = "16M"
+"""More than sockets buffer: its rounds wait for who reads them."""
+COMPLETE = Complete(downtime_ns=None, downtime_uncertainty_ns=0, faults={}, pages={})
 
 
 @pytest.fixture
@@ -118,15 +117,11 @@ def refusal_of(source: FakeSource) -> Refused:
     return message
 
 
-# --- bad sources --------------------------------------------------------------------------------------------------------
-
-
 def test_what_a_source_says_decides(source: PrecopySource, waits: FakeGuest) -> None:
     """A good one, which the bad ones below are held against: last copies count, stale ones are lacking, others are final."""
     source.begin_round()
     source.send_all()
     source.bulk.sendall(pages(7, b"later".ljust(PAGE_BYTES)) + zeroes(8, 2) + zeroes(20, 1) + pages(20, content_of(20)))
-    source.attach = source.quiesce  # type: ignore[method-assign]
     source.until_running(waits)
     source.bulk.sendall(bits(FrameKind.STALE, {3, 9, 255}, PAGES))
     assert source.receive_lacks(PAGES) == {3, 9, 255}
@@ -285,9 +280,12 @@ BAD_SETS = {
 @pytest.mark.parametrize("name", BAD_SETS)
 def test_stale_set(pair: Pair, name: str) -> None:
     bad = BAD_SETS[name]
-    with FakeGuest("waits", "waiting", *specs(bad.regions)) as guest, PrecopySource(pair.destination.address, bad.regions) as source:
+    with (
+        FakeGuest("waits", "waiting", *specs(bad.regions)) as guest,
+        PrecopySource(pair.destination.address, bad.regions) as source,
+    ):
         guest.attach(pair.destination.runtime_dir / "guests.sock")
-        source.attach = lambda: (source.begin_round(), source.quiesce())
+        source.begin_round()
         source.until_running(guest)
         source.bulk.sendall(bad.frames)
         refusal = refusal_of(source)
@@ -311,7 +309,7 @@ def test_pages_behind_mark(pair: Pair, source: PrecopySource, waits: FakeGuest) 
     source.begin_round()
     source.bulk.sendall(mark() + pages(0, content_of(0)))
     source.control.receive(Quiesced)
-    source.attach = lambda: None
+    source.quiesced = True
     source.until_running(waits)
     refusal = refusal_of(source)
     assert (refusal.code, refusal.got) == ("frame-invalid", "2")
@@ -339,3 +337,15 @@ def test_bits_beyond_the_last_page(pair: Pair) -> None:
         source.bulk.sendall(bits(STALE, (), 5, beyond=3))
         assert source.receive_lacks(5) == set()
         guest.connection.receive(GuestComplete)
+
+
+@pytest.mark.parametrize("which", ["bulk", "urgent"])
+def test_data_connection_that_has_ended(pair: Pair, source: PrecopySource, waits: FakeGuest, which: str) -> None:
+    """P4: this side can still say that it never resumes the guest, which then runs on where its pages are."""
+    source.prepare(waits)
+    getattr(source, which).close()
+    source.control.send(GONE)
+    while not isinstance(message := source.control.receive(Aborted, Refused), Aborted):
+        pass
+    assert which in message.reason or "fault loop" in message.reason
+    waits_again(pair, waits)
