@@ -174,11 +174,17 @@ class SourceMigration(Migration):
         if self.precopy.rounds == 0 or not self.bulk:
             self.switched_because = "no precopy was asked for"
             return
-        why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS)
+        why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS) or await self._untracked()
         if why is not None:
             self._no_precopy(why)
         else:
             self._tracked = True
+
+    async def _untracked(self) -> str | None:
+        assert self._plane is not None
+        plane = self._plane
+        result = await self.on_own_thread("precopy", lambda: plane.precopy_check(self.guest.pagemap_fd))
+        return None if result.reason == "finished" else str(result.error())
 
     def _no_precopy(self, why: str) -> None:
         self._tracked = False
