@@ -104,6 +104,10 @@ class MappedMemory:
     def unmap(self, first: int, page_count: int) -> None:
         assert libc.munmap(self.address + first * PAGE_BYTES, page_count * PAGE_BYTES) == 0
 
+    def write_and_unmap(self, page: int) -> None:
+        self.write(page, 2)
+        self.unmap(page, 1)
+
     def truncate(self, size_bytes: int) -> None:
         os.ftruncate(self._file, size_bytes)
 

@@ -10,6 +10,8 @@ from migrate.pair import wait_settled
 from migrate.session import ErrorFacts
 from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
 from proto.messages import (
+    GuestPrepare,
+    GuestPrepared,
     Hello,
     Offer,
     Prepare,
@@ -26,6 +28,9 @@ from proto.preamble import ConnectionKind
 
 from .fakes import Connection, FakeDestination, FakeGuest, FakeSource, receive_exactly
 from .memory_child import PAGE_BYTES, AwaitedMemory, MemoryChild, TrackedMemory
+
+LARGE = "16M"
+"""More than sockets buffer: its rounds wait for who reads them."""
 
 
 def mark(**changed: int) -> bytes:
@@ -104,7 +109,7 @@ def content_of(page: int, page_bytes: int = PAGE_BYTES) -> bytes:
 class PrecopyDestination(FakeDestination):
     """Takes part in precopy. ``guest``: the one that leaves, when it is a fake too and is told to track."""
 
-    STEPS = ("tracked", "offered", "accepted", "urgent", "bulk", "in a round", "marked", "quiesced", "prepared")
+    STEPS = ("asked to track", "offered", "accepted", "attached", "in a round", "marked", "guest asked to prepare", "prepared")
 
     def __init__(self, guest: "TrackedGuest | None" = None, *, receive_buffer_bytes: int = 0) -> None:
         super().__init__()
@@ -115,9 +120,16 @@ class PrecopyDestination(FakeDestination):
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer_bytes)
 
     def accept_offer(self) -> Offer:
-        self.control = Connection(self.greet(ConnectionKind.CONTROL), control_decoder())
+        self.begin()
         if self.guest is not None:
             self.guest.tracks()
+        return self.receive_offer()
+
+    def begin(self) -> None:
+        """Welcomed; the source asks its guest first."""
+        self.control = Connection(self.greet(ConnectionKind.CONTROL), control_decoder())
+
+    def receive_offer(self) -> Offer:
         offer = self.control.receive(Offer)
         self.page_count = sum(region.size_bytes // region.page_bytes for region in offer.regions)
         return offer
@@ -157,6 +169,29 @@ class PrecopyDestination(FakeDestination):
             pass
         return message
 
+    def until(self, step: str) -> None:
+        """Everything up to and with this step of STEPS, then nothing more."""
+        guest = self.guest
+        assert guest is not None
+        for name, actions in {
+            "asked to track": (self.begin, guest.told_to_track),
+            "offered": (guest.says_tracking, self.receive_offer),
+            "accepted": (self.send_accept,),
+            "attached": (self.greet_data,),
+            "in a round": (lambda: self.control.send(Ready()), lambda: self.control.receive(Round)),
+            "marked": (self.receive_rounds,),
+            "guest asked to prepare": (lambda: self.control.send(Quiesced()), guest.told_to_prepare),
+            "prepared": (lambda: guest.connection.send(GuestPrepared()), self.prepare_asked),
+        }.items():
+            for action in actions:
+                action()
+            if name == step:
+                return
+        raise AssertionError(step)
+
+    def greet_data(self) -> None:
+        self.urgent, self.bulk = self.greet(ConnectionKind.URGENT), self.greet(ConnectionKind.BULK)
+
     def receive_stale(self) -> set[int]:
         """In one frame."""
         kind, first, payload = self.receive_frame()
@@ -186,9 +221,15 @@ class TrackedGuest(FakeGuest):
     def told_to_track(self) -> None:
         self.connection.receive(Track)
 
+    def told_to_prepare(self) -> None:
+        self.connection.receive(GuestPrepare)
+
+    def says_tracking(self) -> None:
+        self.send(encode(Tracking()), [self.pagemap_fd])
+
     def tracks(self) -> None:
         self.told_to_track()
-        self.send(encode(Tracking()), [self.pagemap_fd])
+        self.says_tracking()
 
     def untracked(self) -> bool:
         return isinstance(self.connection.receive(Untrack), Untrack)

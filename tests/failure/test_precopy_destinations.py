@@ -30,14 +30,12 @@ from proto.preamble import ConnectionKind
 
 from .fakes import Connection, FakeDestination, receive_exactly
 from .memory_child import PAGE_BYTES
-from .precopy_fakes import PrecopyDestination, TrackedGuest, bits, content_of, pages, runs_on, stays_paused
+from .precopy_fakes import LARGE, PrecopyDestination, TrackedGuest, bits, content_of, pages, runs_on, stays_paused
 
 pytestmark = pytest.mark.requires("uffd", "wp-async", "pagemap-scan")
 PAGES = 256
 SMALL = ((1 << 20, PAGE_BYTES),)
 HUGE = ((4 << 20, 2 << 20),)
-LARGE = "16M"
-"""More than sockets buffer: its rounds wait for who reads them."""
 COMPLETE = Complete(downtime_ns=None, downtime_uncertainty_ns=0, faults={}, pages={})
 
 

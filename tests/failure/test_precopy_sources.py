@@ -34,8 +34,6 @@ pytestmark = pytest.mark.requires("uffd", "wp-async", "pagemap-scan")
 PAGES = 256
 SMALL = ((1 << 20, PAGE_BYTES),)
 HUGE = ((4 << 20, 2 << 20),)
-LARGE = "16M"
-"""More than sockets buffer: its rounds wait for who reads them."""
 COMPLETE = Complete(downtime_ns=None, downtime_uncertainty_ns=0, faults={}, pages={})
 
 
