@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from migrate.client import DaemonClient
+from migrate.errors import PostcopyError
 from migrate.pair import Pair, wait_settled
 from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
 from proto.messages import (
@@ -27,7 +28,7 @@ from proto.messages import (
 )
 from proto.preamble import ConnectionKind
 
-from ..path.commuter import until
+from ..path.commuter import Commuter, until
 from .fakes import Connection, FakeDestination, FakeGuest, PeerEndedError, receive_exactly
 from .memory_child import PAGE_BYTES
 from .precopy_fakes import (
@@ -274,3 +275,15 @@ def test_cancelled(client: DaemonClient, large: TrackedGuest, phase: str) -> Non
     assert "no precopy" in without_precopy(client, large, lambda guest: guest.connection.send(TrackFailed(reason="not now")))
     assert large.told_nothing()
     assert [one["state"] for one in client.guests()] == ["running"]
+
+
+def test_storm_of_cancellations(commuter: Commuter) -> None:
+    """Begun and cancelled, twice each, wherever that meets it; then the guest moves, and is whole."""
+    with commuter.is_at.client() as client:
+        for _ in range(15):
+            begun = client.migrate(commuter.guest_id, commuter.goes_to.address, precopy=1000)
+            client.cancel(begun.id)
+            with contextlib.suppress(PostcopyError):  # not cancellable: it is cancelled already
+                client.cancel(begun.id)
+            assert wait_settled(client, begun.id).state == "cancelled"
+    commuter.move(precopy=3)
