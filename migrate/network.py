@@ -86,7 +86,8 @@ async def connect(address: Address, *, deadline_seconds: float, congestion_contr
         sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         sock.setblocking(False)
         try:
-            await asyncio.wait_for(loop.sock_connect(sock, place), deadline_seconds)
+            async with asyncio.timeout(deadline_seconds):  # wait_for loses a cancellation that comes with the answer (Python 3.11)
+                await loop.sock_connect(sock, place)
             tune(sock, congestion_control)
             return sock
         except TimeoutError:

@@ -29,7 +29,7 @@ from proto.preamble import ConnectionKind
 from .fakes import Connection, FakeDestination, FakeGuest, FakeSource, receive_exactly
 from .memory_child import PAGE_BYTES, AwaitedMemory, MemoryChild, TrackedMemory
 
-LARGE = "16M"
+LARGE = "8M"
 """More than sockets buffer: its rounds wait for who reads them."""
 
 

@@ -48,7 +48,7 @@ def leaves(pair: Pair) -> Iterator[TrackedGuest]:
 
 @pytest.fixture
 def fake(leaves: TrackedGuest) -> Iterator[PrecopyDestination]:
-    with PrecopyDestination(leaves, receive_buffer_bytes=4096) as fake:
+    with PrecopyDestination(leaves, receive_buffer_bytes=65536) as fake:
         yield fake
 
 
@@ -130,7 +130,7 @@ def test_accepted_without_precopy(client: DaemonClient, leaves: TrackedGuest) ->
 @pytest.mark.parametrize("when", ["in a round", "before the offer is accepted"])
 def test_quiesced_that_is_too_early(pair: Pair, client: DaemonClient, when: str) -> None:
     """It cannot have had the mark: precopied pages would be in flight when the guest is paused."""
-    with TrackedGuest("large", LARGE) as guest, PrecopyDestination(guest, receive_buffer_bytes=4096) as fake:
+    with TrackedGuest("large", LARGE) as guest, PrecopyDestination(guest, receive_buffer_bytes=65536) as fake:
         guest.child.does("fill", 1)
         guest.attach(pair.source.runtime_dir / "guests.sock")
         migration_id = client.migrate("large", fake.address).id

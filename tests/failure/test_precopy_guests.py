@@ -166,7 +166,7 @@ IN_A_ROUND: dict[str, tuple[tuple[str, int, int] | tuple[str, int] | tuple[str],
 @pytest.mark.parametrize("name", IN_A_ROUND)
 def test_in_a_round_the_guest(client: DaemonClient, large: TrackedGuest, name: str) -> None:
     (what, *arguments), code, got = IN_A_ROUND[name]
-    with PrecopyDestination(large, receive_buffer_bytes=4096) as fake:
+    with PrecopyDestination(large, receive_buffer_bytes=65536) as fake:
         migration_id = client.migrate("large", fake.address).id
         fake.begin_round()
         large.child.does(what, *arguments)
@@ -178,7 +178,7 @@ def test_in_a_round_the_guest(client: DaemonClient, large: TrackedGuest, name: s
 
 
 def test_guest_that_dies_in_a_round(client: DaemonClient, large: TrackedGuest) -> None:
-    with PrecopyDestination(large, receive_buffer_bytes=4096) as fake:
+    with PrecopyDestination(large, receive_buffer_bytes=65536) as fake:
         migration_id = client.migrate("large", fake.address).id
         fake.begin_round()
         large.child.kill()
@@ -264,7 +264,7 @@ def test_waiting_guest_that_dies_in_a_round(pair: Pair) -> None:
 @pytest.mark.parametrize("phase", PrecopyDestination.STEPS)
 def test_cancelled(client: DaemonClient, large: TrackedGuest, phase: str) -> None:
     """The guest runs on, and is told that it need not be tracked; what it answers too late is ignored."""
-    with PrecopyDestination(large, receive_buffer_bytes=4096) as fake:
+    with PrecopyDestination(large, receive_buffer_bytes=65536) as fake:
         migration_id = client.migrate("large", fake.address).id
         fake.until(phase)
         client.cancel(migration_id)
