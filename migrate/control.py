@@ -101,14 +101,17 @@ class ControlConnection(asyncio.Protocol):
         if isinstance(message, Refused | Aborted):
             raise _said_no(message)
         if not isinstance(message, kinds):
-            expected = " or ".join(kind.__name__.lower() for kind in kinds)
-            raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())
+            _unexpected(kinds, message)
         return message
 
-    async def watch(self) -> NoReturn:
-        """While nobody receives: raises as soon as the peer, or anything else, ends the migration. What it says besides waits."""
+    async def watch(self, awaited: type[Message] | None = None) -> NoReturn:
+        """While nobody receives: raises as soon as the peer, or anything else, ends the migration, or the peer says anything but
+        what is ``awaited``, which waits for who receives it. Raises as ``receive`` does."""
         while True:
             self.check()
+            for message, _ in self._messages:
+                if awaited is None or not isinstance(message, awaited):
+                    _unexpected((awaited,) if awaited else (), message)
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
@@ -137,8 +140,8 @@ class ControlConnection(asyncio.Protocol):
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
         except TimeoutError:
-            expected = " or ".join(kind.__name__.lower() for kind in kinds)
-            raise DeadlineError("peer daemon", expected=f"{expected} within {deadline_seconds} s", got="nothing") from None
+            expected = f"{_names(kinds)} within {deadline_seconds} s"
+            raise DeadlineError("peer daemon", expected=expected, got="nothing") from None
         return self._messages.popleft()
 
     def _wake(self) -> None:
@@ -171,3 +174,12 @@ def _said_no(message: Refused | Aborted) -> PeerRefusedError:
     if isinstance(message, Aborted):
         return AbortedError("destination", expected="to resume the guest", got=message.reason)
     return PeerRefusedError(message.what, expected=message.expected, got=message.got, code=message.code)
+
+
+def _names(kinds: tuple[type[Message], ...]) -> str:
+    return " or ".join(kind.__name__.lower() for kind in kinds)
+
+
+def _unexpected(kinds: tuple[type[Message], ...], message: Message) -> NoReturn:
+    expected = _names(kinds) or "nothing now"
+    raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())

@@ -17,6 +17,7 @@ from migrate.control import ControlConnection
 from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
 from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
+from migrate.network import has_ended
 from migrate.room import Room, no_huge_pages
 from migrate.session import Migration, PrecopyInfo
 from migrate.switchover import Quiet, rehearse
@@ -268,6 +269,11 @@ class DestinationMigration(Migration):
         if self.guest is None or self.guest.gone:
             self._abort("the waiting guest is gone")
             raise GuestGoneError("waiting guest", expected="to be here", got="its socket ended")
+        for kind, sock in self._sockets.items():
+            if has_ended(sock):  # that of a parked loop: nobody has noticed
+                what = f"{kind.name.lower()} connection"
+                self._abort(f"the {what} has ended")
+                raise ConnectionLostError(what, expected="to stay", got="its end before the switchover")
 
     def _abort(self, reason: str) -> None:
         self.advance(Event.ABORT)
@@ -277,10 +283,14 @@ class DestinationMigration(Migration):
         self, kind: type[Round] | type[Prepare] | type[Switchover], deadline_seconds: float | None = None
     ) -> object:
         while True:
-            message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            message: object
+            if self.state is State.PRECOPY:  # a round may be told behind its own pages, and behind the mark: they come by bulk
+                message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            else:
+                message = await self._control.receive(kind, Cancel, deadline_seconds=deadline_seconds)
             if isinstance(message, Cancel):
                 raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
-            if isinstance(message, Round):  # may come behind its own pages, and behind the mark: that is another connection
+            if isinstance(message, Round):
                 self.rounds_begun = message.number
                 await self._quiet.wait()
                 self._room.check(self.migration_id, message.populated_bytes)
@@ -370,6 +380,8 @@ class DestinationMigration(Migration):
             self.advance(Event.LOST)
             if self.guest is not None:
                 self.guest.state = GuestState.LOST
+            if isinstance(error, ProtocolError):
+                self._control.refuse(error)
             self.log.error(
                 "migration stalled: the guest waits for pages that are still at the source", reason=str(error), peer=self.peer
             )
