@@ -86,7 +86,7 @@ async def connect(address: Address, *, deadline_seconds: float, congestion_contr
         sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         sock.setblocking(False)
         try:
-            async with asyncio.timeout(deadline_seconds):  # wait_for loses a cancellation that comes with the answer (Python 3.11)
+            async with asyncio.timeout(deadline_seconds):  # wait_for of 3.11 loses a cancellation that comes with the answer
                 await loop.sock_connect(sock, place)
             tune(sock, congestion_control)
             return sock

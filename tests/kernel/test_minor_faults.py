@@ -84,9 +84,9 @@ def test_swapped_page_faults_as_minor(kind: Kind) -> None:
     for page in range(memory.pages):
         memory.put(page, page + 1)
     for _ in range(2):
-        for address in (memory.alias, memory.address):
-            assert libc.madvise(address, memory.size_bytes, MADV_PAGEOUT) == 0
-        assert in_memory(memory) == 0
+        while in_memory(memory):  # again for a page that another CPU has not put on its list yet; the case has its deadline
+            for address in (memory.alias, memory.address):
+                assert libc.madvise(address, memory.size_bytes, MADV_PAGEOUT) == 0
         assert os.fstat(memory.file).st_blocks * 512 == memory.size_bytes
         for page in range(memory.pages):
             touch, flags = memory.fault(page)
