@@ -281,10 +281,11 @@ class SourceMigration(Migration):
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
             if self._cancel_reason is not None:  # came in one tick with the answer that was awaited
                 raise asyncio.CancelledError
-            self._check_connections()
+            self._check_data_connections()
             self.advance(Event.PAUSE)
             paused = await self._pause_guest()
-            self._check_connections()  # the last moment at which a failure leaves the guest here (P5)
+            self._check_data_connections()
+            self._control.check()  # the last moment at which a failure leaves the guest here (P5)
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
@@ -292,10 +293,8 @@ class SourceMigration(Migration):
             await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
         self.advance(Event.RUNNING)
 
-    def _check_connections(self) -> None:
-        """What has ended one already: the loops of the data connections are parked and look at nothing."""
-        assert self._control is not None
-        self._control.check()
+    def _check_data_connections(self) -> None:
+        """Their loops are parked and do not see that one has ended."""
         for name, sock in zip(("urgent", "bulk"), self._sockets, strict=True):
             if has_ended(sock):
                 raise ConnectionLostError(f"{name} connection", expected="to stay", got="its end before the switchover")

@@ -4,8 +4,8 @@
  * over all that it walks, which makes a KVM guest fault everything in again: so a read-only scan finds the runs first, and
  * only those are walked with it. What that second scan reports is what counts: a page written between the two is in it or
  * stays written for the next one.
- * A scan of a process that has ended finds nothing written, and says so without an error: only a read that succeeds after the
- * scan shows that there was something to find.
+ * A scan of a process that has ended finds nothing written, and not every version says so (6.18 does: ESRCH): only a read
+ * that succeeds after the scan shows that there was something to find.
  * Nor is a range reported that is not mapped there: what had been written in it before it was unmapped is not seen. Whether
  * all is mapped and tracked is a walk of its own that costs five of the others, so it is made while the guest still runs.
  * Addresses are the guest's own: the descriptor is of its process, which opened it and passed it. */

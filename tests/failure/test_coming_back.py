@@ -37,7 +37,7 @@ def test_daemons_that_end_in_precopy() -> None:
     """One after the other, under the same two guests: the one runs on and is not tracked any more, the other waits; in the end
     it moves, and is whole."""
     with Pair() as pair:
-        guest = Commuter(pair, "web", "16M", options=("--threads", "2", "--write-ratio", "1"))
+        guest = Commuter(pair, "web", "16M", options=("--rate", "20000", "--write-ratio", "1"))
         for role, number, settled in (
             (Role.SOURCE, signal.SIGKILL, "failed"),
             (Role.DESTINATION, signal.SIGKILL, "failed"),
@@ -111,7 +111,7 @@ def test_running_guest_that_is_refused_when_it_comes_back(workload: tuple[FakeDa
     daemon, process = workload
     first = daemon.accept()
     first.send(WELCOME)
-    process.event("started")
+    process.event("stepped")
     for answer in (encode(TAKEN), b"", encode(WELCOME) + encode(WELCOME), framed(b"\xc1"), encode(Track())):
         first.close()
         first = daemon.accept()
@@ -144,4 +144,4 @@ def test_daemon_that_goes_before_it_hears_of_tracking(workload: tuple[FakeDaemon
     last = daemon.accept()
     last.send(WELCOME)
     last.send(Pause(deadline_ms=1000))
-    assert last.receive(Paused).last_step_ns > 0
+    last.receive(Paused)

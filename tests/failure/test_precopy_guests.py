@@ -194,7 +194,7 @@ def test_guest_that_dies_in_a_round(client: DaemonClient, large: TrackedGuest) -
 
 @pytest.mark.parametrize("what", ["dies", "ends its tracking"])
 def test_what_the_last_scan_cannot_see_is_stale(pair: Pair, client: DaemonClient, what: str) -> None:
-    """A scan of a process that has ended finds nothing, without an error. Its memory lives on in its file: it all goes again."""
+    """Of a process that has ended a scan says nothing or ESRCH. Its memory lives on in its file: all of it goes again."""
     with TrackedGuest("leaves") as guest, PrecopyDestination(guest) as fake:
         guest.child.does("fill", 1)
         guest.attach(pair.source.runtime_dir / "guests.sock")
