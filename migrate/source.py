@@ -284,8 +284,8 @@ class SourceMigration(Migration):
             self._check_data_connections()
             self.advance(Event.PAUSE)
             paused = await self._pause_guest()
-            self._check_data_connections()
-            self._control.check()  # the last moment at which a failure leaves the guest here (P5)
+            self._control.check()
+            self._check_data_connections()  # the last moment at which a failure leaves the guest here (P5)
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
@@ -294,9 +294,11 @@ class SourceMigration(Migration):
         self.advance(Event.RUNNING)
 
     def _check_data_connections(self) -> None:
-        """Their loops are parked and do not see that one has ended."""
+        """Their loops are parked and do not see that one has ended. The peer's own words come first, if they are here."""
+        assert self._control is not None
         for name, sock in zip(("urgent", "bulk"), self._sockets, strict=True):
             if has_ended(sock):
+                self._control.check()
                 raise ConnectionLostError(f"{name} connection", expected="to stay", got="its end before the switchover")
 
     async def _pause_guest(self) -> Paused:
