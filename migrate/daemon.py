@@ -362,7 +362,8 @@ class Daemon:
             if any(m.state is not State.STALLED for m in self.migrations.values() if self._owes_pages(m)):
                 extend_timeout(EXTENSION_SECONDS)  # not for the stalled ones: their wait has no end of its own
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), EXTENSION_SECONDS / 2)
+                async with asyncio.timeout(EXTENSION_SECONDS / 2):
+                    await self._changed.wait()
 
     @staticmethod
     def _owes_pages(migration: SourceMigration | DestinationMigration) -> bool:

@@ -68,7 +68,8 @@ class EventLog:
         self._waiting += 1
         try:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._more.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._more.wait()
         finally:
             self._waiting -= 1
 

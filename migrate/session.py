@@ -177,7 +177,8 @@ class Migration:
         """Until it has ended or stalled, or that long."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._settled.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._settled.wait()
 
     def typed(self, error: Exception) -> Exception:
         """What nobody foresaw ends this migration with a typed error too, and leaves its trace in the log."""

@@ -52,4 +52,5 @@ class Quiet:
     async def wait(self) -> None:
         """At most a moment: a peer that never says ``running`` must not silence the API."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._free.wait(), WAIT_SECONDS_MAX)
+            async with asyncio.timeout(WAIT_SECONDS_MAX):  # wait_for of 3.11 loses a cancellation that comes with the answer
+                await self._free.wait()
