@@ -1,11 +1,14 @@
-/* Discards alone: discard-main SEED COUNT. COUNT moves, in turn with REMOVE events and with messages, two without and two with
- * precopy. The guest's threads at the destination discard, write and read their pages at random while these arrive, and beyond the
- * end of the migration: what was discarded reads zero, what was not as it was. On top of the main that precopies. */
+/* Discards alone: discard-main SEED COUNT [STEP]. COUNT moves, of SEED, SEED + STEP, ...: in turn with REMOVE events, with messages, and with MADV_DONTNEED, which keeps
+ * the data; three without and three with precopy. The guest's threads at the destination discard, write and read their pages at random
+ * while these arrive, and beyond the end of the migration: what was discarded reads zero, what was not as it was. On top of the
+ * main that precopies. */
 #define MAIN_OF_DISCARDS
 #include "precopy_main.c"
 
 #define GUEST_THREADS 2
 #define AHEAD_PAGES 256
+
+enum { BY_MESSAGE, BY_EVENT, KEEPING, WAYS };
 
 struct guest_thread {
     struct guest *guest;
@@ -35,7 +38,10 @@ static void check_page(const struct guest *guest, uint64_t page)
 static void discard_page(const struct guest *guest, uint64_t page)
 {
     struct move *move = guest->move;
-    CHECK(madvise(move->guest + page * move->page_bytes, move->page_bytes, MADV_REMOVE) == 0);
+    int advice = move->removed_keeps ? MADV_DONTNEED : MADV_REMOVE;
+    CHECK(madvise(move->guest + page * move->page_bytes, move->page_bytes, advice) == 0);
+    if (move->removed_keeps)
+        return;
     if (!move->remove_events) {
         struct loop_result result;
         destination_discard(move->destination, 0, page, 1, &result);
@@ -110,7 +116,7 @@ static void guest_begin(struct guest *guest, struct move *move, uint64_t seed)
 }
 
 /* Until all is here and unregistered, while the guest goes on; then the guest ends. Added to removed[]: pages discarded on the way,
- * by messages and by events. */
+ * by messages and by events, and by what keeps them. */
 static void until_whole(struct guest *guest, uint64_t *removed)
 {
     struct move *move = guest->move;
@@ -134,7 +140,7 @@ static void until_whole(struct guest *guest, uint64_t *removed)
     CHECK(figures.pages_final == move->page_count && figures.pages_removed <= discards);
     CHECK(figures.removes <= (move->remove_events ? discards : 0));
     free(guest->content);
-    removed[move->remove_events] += figures.pages_removed;
+    removed[move->removed_keeps ? KEEPING : move->remove_events] += figures.pages_removed;
 }
 
 static void discards_alone(struct move *move, uint64_t seed, uint64_t *removed)
@@ -175,18 +181,19 @@ int main(int argc, char **argv)
 {
     alarm(100);
     if (argc < 3) {
-        fprintf(stderr, "usage: discard-main SEED COUNT\n");
+        fprintf(stderr, "usage: discard-main SEED COUNT [STEP]\n");
         return 2;
     }
-    uint64_t seed = strtoull(argv[1], NULL, 10), end = seed + strtoull(argv[2], NULL, 10), removed[2] = {0};
-    for (; seed < end; seed++) {
-        struct tracked tracked = {.move = {.page_count = 4096, .page_bytes = 4096, .remove_events = seed % 2 == 0}};
-        if (seed / 2 % 2 == 0)
+    uint64_t seed = strtoull(argv[1], NULL, 10), count = strtoull(argv[2], NULL, 10), step = argc > 3 ? strtoull(argv[3], NULL, 10) : 1;
+    uint64_t removed[WAYS] = {0};
+    for (uint64_t i = 0; i < count; i++, seed += step) {
+        struct tracked tracked = {.move = {.page_count = 4096, .page_bytes = 4096, .remove_events = seed % 3 != 1, .removed_keeps = seed % 3 == 2}};
+        if (seed / 3 % 2 == 0)
             discards_alone(&tracked.move, seed, removed);
         else
             discards_after_precopy(&tracked, seed, removed);
     }
-    CHECK(removed[false] > 0 && removed[true] > 0);
+    CHECK(removed[KEEPING] == 0 && (step > 1 || (removed[BY_MESSAGE] > 0 && removed[BY_EVENT] > 0)));
     printf("discards: held\n");
     return 0;
 }

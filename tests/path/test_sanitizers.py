@@ -93,8 +93,8 @@ def test_precopy_on_hugetlbfs(programs: Path) -> None:
 @pytest.mark.timeout(180)
 @pytest.mark.requires("uffd")
 def test_discards(programs: Path) -> None:
-    """Of a guest at the destination, by events and by messages, just ahead of the pages that come by bulk, and in held ones."""
-    assert run_main(programs / "discard-main", "0", "4") == ["discards: held"]
+    """Of a guest at the destination, by events and by messages, just ahead of what comes by bulk and in what is held."""
+    assert run_main(programs / "discard-main", "0", "6") == ["discards: held"]
 
 
 @pytest.mark.timeout(180)
