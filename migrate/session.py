@@ -87,7 +87,7 @@ class MigrationStatus(BaseModel):
     ended_at: Annotated[AwareDatetime | None, Field(description="When it settled.")]
     pages_total: int
     pages_done: Annotated[int, Field(description="Source: sent. Destination: final in the guest's memory.")]
-    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero, precopy.")]
+    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero, precopy; and discarded, which took none.")]
     bytes_moved: int
     faults_count: int
     faults: Annotated[dict[str, FaultLatency], Field(description="By kind, once it is complete.")]

@@ -1,7 +1,7 @@
-"""Pages that the guest discards: zero from then on, before, during and after the switchover, whichever way the daemon learns of it.
+"""Pages that the guest discards are zero from then on, before, during and after the switchover, by events and by messages.
 
-The guest checks itself: a page that it has discarded must read zero until it has written it again. The races alone, without Python:
-tests/path/discard_main.c.
+The guest checks itself: a page that it has discarded must read zero until it has written it again. The races alone, without
+Python, are in tests/path/discard_main.c.
 """
 
 import os

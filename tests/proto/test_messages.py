@@ -43,7 +43,13 @@ CONTROL: dict[str, dict[str, Any]] = {
     "released": {},
     "cancel": {"reason": "asked to"},
 }
-PAGE_RANGE = {"region": 0, "page_index": 7, "page_count": 2}
+
+
+def pages(page_count: int) -> dict[str, int]:
+    return {"region": 0, "page_index": 7, "page_count": page_count}
+
+
+PAGE_RANGE = pages(2)
 GUEST: dict[str, dict[str, Any]] = {
     "hello": {
         "major": 1, "minor": 0, "guest_id": "g", "role": "waiting", "regions": [GUEST_REGION], "memory_files": 1,
@@ -113,8 +119,7 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("guest", "hello", "declares", [[], ["a"] * 32], [["a"] * 33]),
     ("guest", "hello", "remove_means", [None, "zero", "keep"], ["", "poison", 0]),
     ("guest", "discard", "ranges", [[PAGE_RANGE] * 256], [[], [PAGE_RANGE] * 257, PAGE_RANGE]),
-    ("guest", "discard", "ranges", [[{**PAGE_RANGE, "page_count": 4096}]], [[{**PAGE_RANGE, "page_count": n}] for n in (0, 4097)]),
-    ("guest", "discard", "ranges", [[{**PAGE_RANGE, "page_count": 2048}] * 2], [[{**PAGE_RANGE, "page_count": 2048}] * 3]),
+    ("guest", "discard", "ranges", [[pages(4096)], [pages(2048)] * 2], [[pages(0)], [pages(4097)], [pages(2048)] * 3]),
     ("guest", "welcome", "minor", [0, 65535], [-1, 65536]),
     ("guest", "pause", "deadline_ms", [1, 600_000], [0, 600_001]),
     ("guest", "resume", "state", [None, b"", bytes(768 << 10)], [bytes((768 << 10) + 1), ""]),
