@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 from pydantic import BaseModel
@@ -60,18 +61,18 @@ class DaemonClient:
 
     def status(self, migration_id: str, *, settled_within_seconds: float = 0) -> MigrationStatus:
         """As it is now; or wait, at most so long, until it has settled."""
-        path = f"/v1/migrations/{migration_id}?settled_within_seconds={settled_within_seconds}"
+        path = f"{_path(migration_id)}?settled_within_seconds={settled_within_seconds}"
         return MigrationStatus.model_validate(self._call("GET", path))
 
     def cancel(self, migration_id: str) -> MigrationStatus:
-        return MigrationStatus.model_validate(self._call("POST", f"/v1/migrations/{migration_id}/cancel"))
+        return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/cancel"))
 
     def latency(self, migration_id: str) -> dict[str, Any]:
-        return dict(self._call("GET", f"/v1/migrations/{migration_id}/latency"))
+        return dict(self._call("GET", f"{_path(migration_id)}/latency"))
 
     def events(self, migration_id: str | None = None, *, last_event_id: str | None = None) -> Iterator[ServerEvent]:
         """All events, or those of one migration, until the one named ``end``. Raises DaemonUnreachableError without it."""
-        path = "/v1/events" if migration_id is None else f"/v1/migrations/{migration_id}/events"
+        path = "/v1/events" if migration_id is None else f"{_path(migration_id)}/events"
         headers = {} if last_event_id is None else {"last-event-id": last_event_id}
         try:
             with self._http.stream("GET", path, headers=headers, timeout=EVENTS_SILENCE_SECONDS) as answer:
@@ -99,6 +100,12 @@ class DaemonClient:
         return DaemonUnreachableError(
             f"daemon at {self._runtime_dir}", expected="one that answers (start it, or name another with --daemon)", got=got
         )
+
+
+def _path(migration_id: str) -> str:
+    """Whatever somebody typed stays one segment of a path; one that a URL would resolve (``..``) is an id that there is not."""
+    segment = quote(migration_id, safe="").replace(".", "%2E")
+    return f"/v1/migrations/{segment or '%20'}"
 
 
 def refusal(answer: httpx.Response) -> PostcopyError:

@@ -3,7 +3,6 @@
 import grp
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -25,12 +24,15 @@ class Settings(BaseSettings):
 
 
 def runtime_base() -> Path:
-    """POSTCOPY_RUNTIME_DIR, XDG_RUNTIME_DIR/postcopy, or /tmp/postcopy-UID."""
+    """POSTCOPY_RUNTIME_DIR, XDG_RUNTIME_DIR/postcopy, or /tmp/postcopy-UID (TMPDIR, if set, for /tmp)."""
     settings = Settings()
     if settings.runtime_dir is not None:
         return settings.runtime_dir
     xdg = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(xdg) / "postcopy" if xdg else Path(tempfile.gettempdir()) / f"postcopy-{os.getuid()}"
+    if xdg:
+        return Path(xdg) / "postcopy"
+    # Not tempfile.gettempdir(): it goes by what can be written now and ends at the current directory, so two would not meet.
+    return Path(os.environ.get("TMPDIR") or "/tmp") / f"postcopy-{os.getuid()}"
 
 
 def default_runtime_dir(role: str) -> Path:

@@ -8,7 +8,7 @@ from typing import NoReturn, TypeVar, cast, overload
 from migrate.clock import ClockOffset, estimate, monotonic_ns
 from migrate.errors import AbortedError, ConnectionLostError, DeadlineError, PeerRefusedError
 from proto.errors import ProtocolError
-from proto.messages import Aborted, ClockPing, ClockPong, Message, Refused, control_decoder, encode
+from proto.messages import Aborted, ClockPing, ClockPong, Message, Refused, Round, control_decoder, encode
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
@@ -39,7 +39,7 @@ class ControlConnection(asyncio.Protocol):
                 if isinstance(message, ClockPing):
                     self.send(ClockPong(sent_ns=message.sent_ns, peer_ns=received_ns))
                 else:
-                    self._messages.append((message, received_ns))
+                    self._append(message, received_ns)
             if len(self._messages) > MESSAGES_WAITING_MAX:
                 raise ProtocolError(
                     "message-flood", "unread messages", expected=f"<= {MESSAGES_WAITING_MAX}", got=len(self._messages)
@@ -47,6 +47,12 @@ class ControlConnection(asyncio.Protocol):
         except ProtocolError as error:
             self.refuse(error)
         self._wake()
+
+    def _append(self, message: Message, received_ns: int) -> None:
+        """Of rounds that nobody has read yet the last one says it all: a guest that writes nothing makes a thousand a second."""
+        if isinstance(message, Round) and self._messages and isinstance(self._messages[-1][0], Round):
+            self._messages.pop()
+        self._messages.append((message, received_ns))
 
     def eof_received(self) -> bool:
         return False
@@ -95,14 +101,17 @@ class ControlConnection(asyncio.Protocol):
         if isinstance(message, Refused | Aborted):
             raise _said_no(message)
         if not isinstance(message, kinds):
-            expected = " or ".join(kind.__name__.lower() for kind in kinds)
-            raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())
+            _unexpected(kinds, message)
         return message
 
-    async def watch(self) -> NoReturn:
-        """While nobody receives: raises as soon as the peer, or anything else, ends the migration. What it says besides waits."""
+    async def watch(self, awaited: type[Message] | None = None) -> NoReturn:
+        """While nobody receives: raises as soon as the peer, or anything else, ends the migration, or the peer says anything but
+        what is ``awaited``, which waits for who receives it. Raises as ``receive`` does."""
         while True:
             self.check()
+            for message, _ in self._messages:
+                if awaited is None or not isinstance(message, awaited):
+                    _unexpected((awaited,) if awaited else (), message)
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
@@ -131,8 +140,8 @@ class ControlConnection(asyncio.Protocol):
                     self._waiter = asyncio.get_running_loop().create_future()
                     await self._waiter
         except TimeoutError:
-            expected = " or ".join(kind.__name__.lower() for kind in kinds)
-            raise DeadlineError("peer daemon", expected=f"{expected} within {deadline_seconds} s", got="nothing") from None
+            expected = f"{_names(kinds)} within {deadline_seconds} s"
+            raise DeadlineError("peer daemon", expected=expected, got="nothing") from None
         return self._messages.popleft()
 
     def _wake(self) -> None:
@@ -165,3 +174,12 @@ def _said_no(message: Refused | Aborted) -> PeerRefusedError:
     if isinstance(message, Aborted):
         return AbortedError("destination", expected="to resume the guest", got=message.reason)
     return PeerRefusedError(message.what, expected=message.expected, got=message.got, code=message.code)
+
+
+def _names(kinds: tuple[type[Message], ...]) -> str:
+    return " or ".join(kind.__name__.lower() for kind in kinds)
+
+
+def _unexpected(kinds: tuple[type[Message], ...], message: Message) -> NoReturn:
+    expected = _names(kinds) or "nothing now"
+    raise ProtocolError("message-unexpected", "control message", expected=expected, got=type(message).__name__.lower())

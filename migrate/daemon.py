@@ -33,6 +33,7 @@ from migrate.network import Address, accept, answer, listen, receive_preamble, r
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.region import shape_of, shape_text
+from migrate.room import Room
 from migrate.session import Migration
 from migrate.source import SourceMigration
 from migrate.switchover import Quiet
@@ -70,6 +71,7 @@ class Daemon:
         self.store = DescriptorStore()
         self.totals = Totals()
         self.quiet = Quiet()
+        self.room = Room()
         self.events = EventLog(self.quiet)
         self.addresses: dict[str, str] = {}
         self.insecure = insecure
@@ -244,6 +246,7 @@ class Daemon:
                 control,
                 self.take_waiting,
                 self.quiet,
+                self.room,
                 self._migration_ended,
                 poll_ns=self._poll_ns,
             )
@@ -310,10 +313,10 @@ class Daemon:
             await self.stopping.wait()
             await self._settle()
         finally:
-            await http.stop()
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+            await http.stop()  # last: whoever watches a migration is told how it settled, not only that the daemon ends
             for link in list(self._links):
                 link.close()
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):

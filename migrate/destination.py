@@ -17,6 +17,8 @@ from migrate.control import ControlConnection
 from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
 from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
+from migrate.network import has_ended
+from migrate.room import Room, no_huge_pages
 from migrate.session import Migration, PrecopyInfo
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
@@ -70,6 +72,7 @@ class DestinationMigration(Migration):
         control: ControlConnection,
         take_guest: Callable[[Offer], GuestLink],
         quiet: Quiet,
+        room: Room,
         on_end: Callable[[Migration], None],
         *,
         poll_ns: int = 0,
@@ -81,6 +84,7 @@ class DestinationMigration(Migration):
         self._take_guest = take_guest
         self._poll_ns = poll_ns
         self._quiet = quiet
+        self._room = room
         self._plane: DestinationPlane | None = None
         self._figures: dict[str, int] = {}
         self._latency: dict[FaultKind, Histogram] = {}
@@ -124,6 +128,7 @@ class DestinationMigration(Migration):
             self._plane.removed_is_zero()
         self._plane.poll(self._poll_ns)
         await self._empty(self._plane)
+        await self._make_room(offer)
         self.pages_total = self._plane.figures()["pages_total"]
         self._loop.add_reader(self._plane.final_fd, self._pages_final)
         self.advance(Event.OFFERED)
@@ -167,6 +172,28 @@ class DestinationMigration(Migration):
         while True:
             await self._receive_or_cancel(Round)
 
+    async def _make_room(self, offer: Offer) -> None:
+        """All that the guest needs can be had, its huge pages are here. Raises NoRoomError, or what ended the migration."""
+        assert self._plane is not None
+        assert self.guest is not None
+        await self._quiet.wait()  # looking takes most of a millisecond, which may be another guest's downtime
+        self._room.claim(self.migration_id, self.guest.regions, [region.populated_bytes for region in offer.regions])
+        if all(region.page_bytes == 4096 for region in self.guest.regions):
+            return
+        backing = self._loop.create_task(self.on_own_thread("room", self._plane.back))
+        watch = self._loop.create_task(self._control.watch())
+        try:
+            await asyncio.wait({backing, watch}, return_when="FIRST_COMPLETED")
+            if not backing.done():
+                watch.result()
+            result = backing.result()
+        finally:
+            for task in (backing, watch):
+                task.cancel()
+            await asyncio.gather(backing, watch, return_exceptions=True)
+        if result.reason != "finished":
+            raise no_huge_pages(self.guest.regions, result.error_number) or result.error()
+
     async def _attached_or_closed(self) -> None:
         waited: set[asyncio.Future[None]] = {self._attached, self._control.closed}
         await asyncio.wait(waited, timeout=ATTACH_DEADLINE_SECONDS, return_when="FIRST_COMPLETED")
@@ -200,6 +227,8 @@ class DestinationMigration(Migration):
         message = await self._receive_or_cancel(Prepare, deadline_seconds=PREPARED_DEADLINE_SECONDS)
         assert isinstance(message, Prepare)
         self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns
+        await self._quiet.wait()
+        self._room.check(self.migration_id, message.populated_bytes)  # the last moment at which it can be refused
         async with self._quiet:
             self.advance(Event.PREPARE)
             assert self.guest is not None
@@ -243,6 +272,11 @@ class DestinationMigration(Migration):
         if self.guest is None or self.guest.gone:
             self._abort("the waiting guest is gone")
             raise GuestGoneError("waiting guest", expected="to be here", got="its socket ended")
+        for kind, sock in self._sockets.items():
+            if has_ended(sock):  # that of a parked loop: nobody has noticed
+                what = f"{kind.name.lower()} connection"
+                self._abort(f"the {what} has ended")
+                raise ConnectionLostError(what, expected="to stay", got="its end before the switchover")
 
     def _abort(self, reason: str) -> None:
         self.advance(Event.ABORT)
@@ -252,11 +286,17 @@ class DestinationMigration(Migration):
         self, kind: type[Round] | type[Prepare] | type[Switchover], deadline_seconds: float | None = None
     ) -> object:
         while True:
-            message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            message: object
+            if self.state is State.PRECOPY:  # a round may be told behind its own pages, and behind the mark: they come by bulk
+                message = await self._control.receive(kind, Cancel, Round, deadline_seconds=deadline_seconds)
+            else:
+                message = await self._control.receive(kind, Cancel, deadline_seconds=deadline_seconds)
             if isinstance(message, Cancel):
                 raise CancelledByPeerError("cancelled by the source", expected="a switchover", got=message.reason)
-            if isinstance(message, Round):  # may come behind its own pages, and behind the mark: that is another connection
+            if isinstance(message, Round):
                 self.rounds_begun = message.number
+                await self._quiet.wait()
+                self._room.check(self.migration_id, message.populated_bytes)
             if isinstance(message, kind):
                 return message
 
@@ -330,6 +370,7 @@ class DestinationMigration(Migration):
 
     def guest_gone(self) -> None:
         if self.state is State.STALLED and self.guest is not None:
+            self._room.forget(self.migration_id)
             self.guest.release()  # nobody is left to whom its pages could come
         self._control.fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
 
@@ -351,6 +392,8 @@ class DestinationMigration(Migration):
             self.advance(Event.LOST)
             if self.guest is not None:
                 self.guest.state = GuestState.LOST
+            if isinstance(error, ProtocolError):
+                self._control.refuse(error)
             self.log.error(
                 "migration stalled: the guest waits for pages that are still at the source", reason=str(error), peer=self.peer
             )
@@ -391,6 +434,8 @@ class DestinationMigration(Migration):
             self.join_loops()
             self._summarize()
         await self._give_back()
+        if self.state is not State.STALLED:  # whose pages are still to come
+            self._room.forget(self.migration_id)
         if self._plane is not None:
             self._plane.close()
             self._plane = None

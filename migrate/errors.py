@@ -34,6 +34,12 @@ class GuestRefusedError(PostcopyError):
     code = "guest-refused"
 
 
+class NoRoomError(PostcopyError):
+    """A guest that is offered cannot be backed here: what it needs, what there is at most, and what to change."""
+
+    code = "no-room"
+
+
 class GuestGoneError(PostcopyError):
     """The guest's socket ended, or its process did."""
 

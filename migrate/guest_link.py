@@ -66,7 +66,8 @@ class GuestLink:
         self._descriptors: list[int] = []
         self._unsent = bytearray()
         self._pending: tuple[tuple[type[Message], ...], asyncio.Future[Message]] | None = None
-        self._overdue: tuple[type[Message], ...] = ()
+        self._overdue: set[type[Message]] = set()
+        self._may_track = False
         self.hello: Hello | None = None
         self.state = GuestState.WAITING
         self.regions: list[MemoryRegion] = []
@@ -115,8 +116,11 @@ class GuestLink:
         try:
             async with asyncio.timeout(deadline_seconds):
                 return cast(_M | _N, await future)
+        except asyncio.CancelledError:  # the migration: the guest answers all the same
+            self._overdue.update(answers)
+            raise
         except TimeoutError:
-            self._overdue = answers
+            self._overdue.update(answers)
             names = " or ".join(answer.__name__.lower() for answer in answers)
             raise DeadlineError(
                 f"guest {self.guest_id}", expected=f"{names} within {deadline_seconds} s", got="nothing"
@@ -138,8 +142,10 @@ class GuestLink:
 
     async def track(self, deadline_seconds: float) -> str | None:
         """Have the guest's writes be seen, by ``pagemap_fd``; or why that cannot be. Raises GuestGoneError, DeadlineError."""
+        self._may_track = True
         answer = await self.request(Track(), Tracking, TrackFailed, deadline_seconds=deadline_seconds)
         if isinstance(answer, TrackFailed):
+            self._may_track = False
             return answer.reason
         if self.pagemap_fd < 0:
             return "the guest passed no pagemap"
@@ -150,9 +156,10 @@ class GuestLink:
         return None
 
     def untrack(self) -> None:
-        """After a migration that came to nothing."""
-        if self.pagemap_fd >= 0:
-            self._close_pagemap()
+        """After a migration that came to nothing, or goes on without precopy."""
+        self._close_pagemap()
+        if self._may_track:
+            self._may_track = False
             self.send(Untrack())
 
     def _close_pagemap(self) -> None:
@@ -210,7 +217,7 @@ class GuestLink:
         elif self._pending and isinstance(message, self._pending[0]):
             if not self._pending[1].done():
                 self._pending[1].set_result(message)
-        elif isinstance(message, self._overdue):
+        elif type(message) in self._overdue:
             log.warning("answer after its deadline", guest=self.guest_id, answer=type(message).__name__)
         else:
             expected = " or ".join(kind.__name__ for kind in self._pending[0]) if self._pending else "nothing now"

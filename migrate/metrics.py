@@ -132,7 +132,9 @@ class DaemonCollector(Collector):
         )
         queue = GaugeMetricFamily("postcopy_requests_outstanding", "Pages asked for and not answered.", labels=["guest"])
         final = GaugeMetricFamily(
-            "postcopy_migration_pages_final", "Pages of a running migration that are final here.", labels=labels
+            "postcopy_migration_pages_final",
+            "Pages of a running migration that are final here (during precopy: held).",
+            labels=labels,
         )
         total = GaugeMetricFamily("postcopy_migration_pages", "Pages of a running migration.", labels=labels)
         for (role, guest), migration in self._under_way().items():

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import select
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ async def connect(address: Address, *, deadline_seconds: float, congestion_contr
         sock = socket.socket(family, kind | socket.SOCK_CLOEXEC, protocol)
         sock.setblocking(False)
         try:
-            await asyncio.wait_for(loop.sock_connect(sock, place), deadline_seconds)
+            async with asyncio.timeout(deadline_seconds):  # wait_for of 3.11 loses a cancellation that comes with the answer
+                await loop.sock_connect(sock, place)
             tune(sock, congestion_control)
             return sock
         except TimeoutError:
@@ -123,6 +125,13 @@ async def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int
         except OSError as error:
             log.error("no connection can be accepted", reason=str(error), hint="raise the limit of open files (LimitNOFILE)")
             await asyncio.sleep(ACCEPT_RETRY_SECONDS)
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether the peer has ended it or it is broken; also when there are bytes before the end that nobody has read."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 async def _receive_exactly(sock: socket.socket, size_bytes: int) -> bytes:

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 SHRINKS_BELOW = 0.75
 """The next round is expected to leave at most this share of what is written now; else the guest writes as fast as pages go."""
+ROUNDS_MAX = 1000
+DEADLINE_SECONDS_MAX = 1e6
+"""What may be asked for; told by each round's figures, so bounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrecopyPolicy:
     """``rounds``: None decides by the figures, 0 is pure postcopy, N makes exactly so many (``--precopy auto|off|N``).
 
-    ``stale_bytes_max``: few enough to switch over at once. ``deadline_seconds``: of precopy as a whole.
+    ``stale_bytes_max``: few enough to switch over at once. ``deadline_seconds``: of precopy; a
+    round that has begun is finished.
     """
 
     rounds: int | None = None
@@ -49,5 +53,6 @@ def reason_to_switch(policy: PrecopyPolicy, last: RoundFigures) -> str | None:
     if last.bytes_written <= policy.stale_bytes_max:
         return f"{last.bytes_written} bytes are stale, {policy.stale_bytes_max} are few enough"
     if last.pages_written > SHRINKS_BELOW * last.pages_sent:
-        return f"another round would not shrink the stale set: {last.pages_written} of {last.pages_sent} pages were written again"
+        figures = f"{last.pages_written} pages were written while {last.pages_sent} went out"
+        return f"another round would not shrink the stale set: {figures}"
     return None

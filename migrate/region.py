@@ -84,6 +84,17 @@ def _check_overlap(regions: Sequence[GuestRegion]) -> None:
             )
 
 
+def populated_bytes(regions: Sequence[MemoryRegion]) -> list[int]:
+    """Of each, what has been written or read at most: swapped pages count (st_blocks of shmem has them), holes do not.
+
+    A file may hold more than the region. A hugetlbfs region needs all of its pages, whatever they hold: room.c.
+    """
+    return [
+        region.size_bytes if region.page_bytes > 4096 else min(region.size_bytes, os.fstat(region.memory_fd).st_blocks * 512)
+        for region in regions
+    ]
+
+
 def shape_of(regions: Sequence[GuestRegion] | Sequence[OfferedRegion]) -> list[tuple[int, int]]:
     """(size_bytes, page_bytes) of each region: what two guests must have alike."""
     return [(region.size_bytes, region.page_bytes) for region in regions]

@@ -68,7 +68,9 @@ class PrecopyInfo(BaseModel):
         float | None,
         Field(description="From the guest's resumption to when each precopied page was known stale or final."),
     ]
-    faults_held: Annotated[int, Field(description="In that window, on pages that were here: the source was asked.")]
+    faults_held: Annotated[
+        int | None, Field(description="At the destination: in that window, on pages that were here; the source was asked.")
+    ]
 
 
 class MigrationStatus(BaseModel):
@@ -86,8 +88,12 @@ class MigrationStatus(BaseModel):
     started_at: AwareDatetime
     ended_at: Annotated[AwareDatetime | None, Field(description="When it settled.")]
     pages_total: int
-    pages_done: Annotated[int, Field(description="Source: sent. Destination: final in the guest's memory.")]
-    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero, precopy; and discarded, which took none.")]
+    pages_done: Annotated[
+        int, Field(description="Source: sent. Destination: final in the guest's memory; during precopy held there.")
+    ]
+    pages: Annotated[
+        dict[str, int], Field(description="By their path: urgent, bulk, zero, precopy; and discarded, which took none.")
+    ]
     bytes_moved: int
     faults_count: int
     faults: Annotated[dict[str, FaultLatency], Field(description="By kind, once it is complete.")]

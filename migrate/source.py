@@ -26,8 +26,9 @@ from migrate.errors import (
     PostcopyError,
 )
 from migrate.guest_link import GuestLink, GuestState
-from migrate.network import Address, connect, greet
+from migrate.network import Address, connect, greet, has_ended
 from migrate.precopy import AUTO, PrecopyPolicy, RoundFigures, reason_to_switch
+from migrate.region import populated_bytes
 from migrate.session import Migration, PrecopyInfo, RoundInfo
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
@@ -36,6 +37,7 @@ from proto.messages import (
     Cancel,
     Complete,
     GuestReleased,
+    Message,
     Offer,
     OfferedRegion,
     PageRange,
@@ -57,6 +59,8 @@ from proto.preamble import NO_TOKEN, ConnectionKind, Preamble
 from proto.states import CANCELLABLE, Event, Role, State
 
 ANSWER_DEADLINE_SECONDS = 10.0
+HUGE_BYTES_A_SECOND = 128 << 20
+"""Huge pages are allocated before the guest is accepted, at this rate at least: a third of the slowest that was seen."""
 PAUSE_DEADLINE_SECONDS = 1.0
 PEER_REASON_SECONDS = 1.0
 """How long the word on the control connection may come after the end of a data connection."""
@@ -132,7 +136,10 @@ class SourceMigration(Migration):
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
         assert self.guest.hello is not None
         await self._track()
-        regions = [OfferedRegion(size_bytes=r.size_bytes, page_bytes=r.page_bytes) for r in self.guest.hello.regions]
+        regions = [
+            OfferedRegion(size_bytes=region.size_bytes, page_bytes=region.page_bytes, populated_bytes=populated)
+            for region, populated in zip(self.guest.hello.regions, populated_bytes(self.guest.regions), strict=True)
+        ]
         our_clock = clock_id()
         self._control.send(
             Offer(
@@ -143,7 +150,9 @@ class SourceMigration(Migration):
                 precopy=self._tracked,
             )
         )
-        accept = await self._control.receive(Accept, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        huge_bytes = sum(region.size_bytes for region in regions if region.page_bytes > 4096)
+        accept_seconds = ANSWER_DEADLINE_SECONDS + huge_bytes / HUGE_BYTES_A_SECOND
+        accept = await self._control.receive(Accept, deadline_seconds=accept_seconds)
         self.advance(Event.ACCEPTED)
         self._token = accept.token
         if self._tracked and not accept.precopy:
@@ -172,13 +181,21 @@ class SourceMigration(Migration):
     async def _track(self) -> None:
         """Whether there is precopy, and if it was wanted and cannot be, why; said once."""
         if self.precopy.rounds == 0 or not self.bulk:
-            self.switched_because = "no precopy was asked for"
+            self.switched_because = (
+                "no precopy was asked for" if self.bulk else "no precopy: without bulk only touched pages cross"
+            )
             return
-        why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS)
+        why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS) or await self._untracked()
         if why is not None:
             self._no_precopy(why)
         else:
             self._tracked = True
+
+    async def _untracked(self) -> str | None:
+        assert self._plane is not None
+        plane = self._plane
+        result = await self.on_own_thread("precopy", lambda: plane.precopy_check(self.guest.pagemap_fd))
+        return None if result.reason == "finished" else str(result.error())
 
     def _no_precopy(self, why: str) -> None:
         self._tracked = False
@@ -197,7 +214,8 @@ class SourceMigration(Migration):
         await self._precopy_call(plane.precopy_arm)
         while True:
             pages = plane.figures()["pages_pending"]
-            self._control.send(Round(number=len(self.rounds) + 1, pages=pages))
+            populated = populated_bytes(self.guest.regions)
+            self._control.send(Round(number=len(self.rounds) + 1, pages=pages, populated_bytes=populated))
             await self._precopy_call(lambda: plane.precopy_send(bulk.fileno()))
             await self._precopy_call(plane.precopy_count)
             figures = plane.figures()
@@ -208,14 +226,25 @@ class SourceMigration(Migration):
                 break
             await self._precopy_call(plane.precopy_collect)
         self.switched_because = why
-        await self._precopy_call(lambda: plane.precopy_end(bulk.fileno()))
-        await self._control.receive(Quiesced)  # behind megabytes on a slow link: a peer that is gone ends the connection instead
+        await self._precopy_call(lambda: plane.precopy_end(bulk.fileno()), awaited=Quiesced)
+        self._loop.add_reader(bulk, self._bulk_ended)  # nothing comes by it now, and nobody else looks
+        try:
+            await self._control.receive(Quiesced)  # behind megabytes on a slow link: no deadline
+        finally:
+            self._loop.remove_reader(bulk)
 
-    async def _precopy_call(self, call: Callable[[], LoopResult]) -> None:
-        """One step of a round on a thread of its own, given up as soon as the peer or the guest ends the migration."""
+    def _bulk_ended(self) -> None:
+        assert self._control is not None
+        self._loop.remove_reader(self._sockets[1])
+        lost = ConnectionLostError("bulk connection", expected="to stay", got="its end before quiesced")
+        self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, lost)
+
+    async def _precopy_call(self, call: Callable[[], LoopResult], *, awaited: type[Message] | None = None) -> None:
+        """One step of a round on a thread of its own, given up as soon as the peer or the guest ends the migration, or the peer
+        says anything but what is ``awaited``: quiesced too early would leave precopied pages in flight."""
         assert self._control is not None
         step = self._loop.create_task(self.on_own_thread("precopy", call))
-        watch = self._loop.create_task(self._control.watch())
+        watch = self._loop.create_task(self._control.watch(awaited))
         try:
             await asyncio.wait({step, watch}, return_when="FIRST_COMPLETED")
             if not step.done():
@@ -224,7 +253,7 @@ class SourceMigration(Migration):
             if result.reason != "finished":
                 await asyncio.wait({watch}, timeout=PEER_REASON_SECONDS if result.reason == "peer-closed" else 0)
                 self._control.check()
-                raise result.error()
+                raise _lost("bulk", result) if result.reason == "peer-closed" else result.error()
         finally:
             for task in (step, watch):
                 task.cancel()
@@ -241,21 +270,36 @@ class SourceMigration(Migration):
         async with self._quiet:
             self.advance(Event.PREPARE)
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
-            self._control.send(Prepare(clock_offset_ns=self._clock.offset_ns, clock_uncertainty_ns=self._clock.uncertainty_ns))
+            self._control.send(
+                Prepare(
+                    clock_offset_ns=self._clock.offset_ns,
+                    clock_uncertainty_ns=self._clock.uncertainty_ns,
+                    populated_bytes=populated_bytes(self.guest.regions),
+                )
+            )
             await self._control.receive(Prepared, deadline_seconds=ANSWER_DEADLINE_SECONDS)
             rehearse(self.epoch)
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
             if self._cancel_reason is not None:  # came in one tick with the answer that was awaited
                 raise asyncio.CancelledError
+            self._check_connections()
             self.advance(Event.PAUSE)
             paused = await self._pause_guest()
-            self._control.check()  # the last moment at which a failure leaves the guest here (P5)
+            self._check_connections()  # the last moment at which a failure leaves the guest here (P5)
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
             self._plane.open()
             await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
         self.advance(Event.RUNNING)
+
+    def _check_connections(self) -> None:
+        """What has ended one already: the loops of the data connections are parked and look at nothing."""
+        assert self._control is not None
+        self._control.check()
+        for name, sock in zip(("urgent", "bulk"), self._sockets, strict=True):
+            if has_ended(sock):
+                raise ConnectionLostError(f"{name} connection", expected="to stay", got="its end before the switchover")
 
     async def _pause_guest(self) -> Paused:
         self._paused = True  # from when it may be: undone by resume
@@ -317,8 +361,7 @@ class SourceMigration(Migration):
         elif result.reason != "peer-closed":
             self._control.fail(error)
         else:  # the destination closes data connections only after `released`; its reason may be on the way by control
-            lost = ConnectionLostError(f"{result.loop} connection", expected="to stay", got=str(error))
-            self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, lost)
+            self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, _lost(result.loop, result))
 
     def guest_gone(self) -> None:
         """Before the switchover this ends the migration; after it the daemon still holds the memory."""
@@ -354,6 +397,8 @@ class SourceMigration(Migration):
         aborted = isinstance(error, AbortedError) and self.state is State.SWITCHOVER
         if self.state in (State.SWITCHOVER, State.POSTCOPY) and not aborted:
             self.advance(Event.LOST)
+            if self._control is not None and isinstance(error, ProtocolError):
+                self._control.refuse(error)
             self.log.error("migration stalled: the guest stays paused here, its pages kept", reason=str(error), peer=self.peer)
             return
         if self._control is not None and not isinstance(error, PeerRefusedError):
@@ -414,8 +459,12 @@ class SourceMigration(Migration):
             bytes_moved=figures.get("bytes_precopy", 0),
             stale_pages=figures.get("pages_stale", 0),
             stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
-            faults_held=0,
+            faults_held=None,
         )
 
     def faults_count(self) -> int:
         return max(self._faults_there, self.figures().get("requests", 0))
+
+
+def _lost(connection: str, result: LoopResult) -> ConnectionLostError:
+    return ConnectionLostError(f"{connection} connection", expected="to stay", got=str(result.error()))

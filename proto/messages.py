@@ -29,6 +29,8 @@ Version = Annotated[int, Field(ge=0, lt=1 << 16)]
 Epoch = Annotated[int, Field(ge=0, lt=1 << 32)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 State = Annotated[bytes, Field(max_length=STATE_BYTES_MAX)]
+Populated = Annotated[list[Count], Field(max_length=REGIONS_MAX)] | None
+"""Bytes of each region, in order, that hold anything at the source; None: it does not say."""
 
 
 class Message(BaseModel):
@@ -43,11 +45,14 @@ class OfferedRegion(Message):
 
     size_bytes: SizeBytes
     page_bytes: PageBytes
+    populated_bytes: Count | None = None
 
     @model_validator(mode="after")
     def _whole_pages(self) -> Self:
         if self.size_bytes % self.page_bytes:
             raise ValueError(f"size_bytes a multiple of {self.page_bytes}, not {self.size_bytes}")
+        if self.populated_bytes is not None and self.populated_bytes > self.size_bytes:
+            raise ValueError(f"populated_bytes <= {self.size_bytes}, not {self.populated_bytes}")
         return self
 
 
@@ -106,6 +111,7 @@ class Round(Message):
     type: Literal["round"] = "round"
     number: Count
     pages: Count
+    populated_bytes: Populated = None
 
 
 class Quiesced(Message):
@@ -120,6 +126,7 @@ class Prepare(Message):
     type: Literal["prepare"] = "prepare"
     clock_offset_ns: Annotated[int, Field(gt=-(1 << 63), lt=1 << 63)]
     clock_uncertainty_ns: MonotonicNs
+    populated_bytes: Populated = None
 
 
 class Prepared(Message):

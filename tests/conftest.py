@@ -15,9 +15,12 @@ from pathlib import Path
 import pytest
 
 from migrate import host
+from migrate.host.suite import ADMINISTRATOR_PATH, ZRAM_SCRIPT
 
 HUGETLB_PAGES = host.HUGEPAGES_WANTED
 POOL = host.POOL_2M / "nr_hugepages"
+ZRAM_BYTES = 256 << 20
+SWAPS = Path("/proc/swaps")
 FREE = host.POOL_2M / "free_hugepages"
 # A process of its own, at the end of its input: also when this one is killed. By difference: suites may run side by side.
 GIVE_BACK = """
@@ -98,11 +101,30 @@ def touch(pages: int) -> None:
         os.close(descriptor)
 
 
+@pytest.fixture
+def zram_swap() -> Iterator[Path]:
+    """The device of ZRAM_BYTES more of swap. Off and given back by a process of its own, also when this one is killed."""
+    environment = {**os.environ, "PATH": ADMINISTRATOR_PATH}
+    command = ["sh", "-euc", ZRAM_SCRIPT, "sh", str(ZRAM_BYTES)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as giver:
+        try:
+            assert giver.stdout is not None
+            device = Path(giver.stdout.readline().strip())
+            assert str(device) in SWAPS.read_text(), giver.communicate(timeout=10)[1]
+            yield device
+        finally:
+            _, said = giver.communicate(timeout=30)
+    assert giver.returncode == 0, said
+    assert not device.exists(), said
+
+
 @pytest.fixture(autouse=True)
-def _pages_that_the_marker_names(request: pytest.FixtureRequest) -> None:
-    """``requires("hugetlb")`` is enough: the pool is there before the test begins."""
-    if "hugetlb" in features_of(request.node):
-        request.getfixturevalue("hugetlb_pool")
+def _what_the_marker_names(request: pytest.FixtureRequest) -> None:
+    """``requires("hugetlb")`` is enough: the pool is there before the test begins; with "zram" there is swap."""
+    for feature, fixture in (("hugetlb", "hugetlb_pool"), ("zram", "zram_swap")):
+        if feature in features_of(request.node):
+            request.getfixturevalue(fixture)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from migrate.guest_link import GuestState
-from migrate.precopy import AUTO, PrecopyPolicy
+from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX, PrecopyPolicy
 from migrate.session import MigrationStatus
 from proto.messages import FaultKind, Name
 from proto.states import Role, State
@@ -57,15 +57,16 @@ class MigrateRequest(BaseModel):
     ]
     bulk: Annotated[bool, Field(description="False: pages cross only when the guest touches them.")] = True
     precopy: Annotated[
-        Literal["auto", "off"] | Annotated[int, Field(ge=1, le=1000)],
+        Literal["auto", "off"] | Annotated[int, Field(ge=1, le=ROUNDS_MAX)],
         Field(description="Rounds while the guest still runs here: as long as they shrink what is stale, none, or so many."),
     ] = "auto"
-    max_rounds: Annotated[int, Field(ge=1, le=1000, description="Of `auto`.")] = AUTO.rounds_max
+    max_rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX, description="Of `auto`.")] = AUTO.rounds_max
     max_stale_bytes: Annotated[
         int, Field(ge=0, le=1 << 50, description="Of `auto`: written since they were sent, few enough to switch over.")
     ] = AUTO.stale_bytes_max
     deadline_seconds: Annotated[
-        float | None, Field(gt=0, le=1e6, strict=False, description="Of precopy as a whole: then the guest is switched over.")
+        float | None,
+        Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy: after so long no further round begins."),
     ] = None
 
     def policy(self) -> PrecopyPolicy:

@@ -143,7 +143,8 @@ def tables(comparison: Comparison) -> Iterator[Table]:
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    drawn = Table("way", title=title)
+    drawn = Table(title=title, padding=(0, 0))  # so that 100 columns are enough for every one
+    drawn.add_column("way", no_wrap=True, min_width=max(map(len, WAYS)))
     for column in columns:
         drawn.add_column(column, justify="right", no_wrap=True)
     return drawn

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, runtime_dir_of
 from migrate.client import DaemonClient, ServerEvent
+from migrate.errors import PostcopyError
 from migrate.guest.memory import size_bytes_of
-from migrate.precopy import AUTO
+from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX
 from migrate.session import MigrationStatus
 
 LINE_SECONDS = 1.0
@@ -33,16 +34,19 @@ def migrate(
     daemon: DaemonOption = "source",
     bulk: Annotated[bool, typer.Option(help="--no-bulk: pages cross only when the guest touches them.")] = True,
     precopy: Annotated[str, typer.Option(help="auto, off, or a number of rounds while the guest still runs here.")] = "auto",
-    max_rounds: Annotated[int, typer.Option(min=1, max=1000, help="Of --precopy auto.")] = AUTO.rounds_max,
+    max_rounds: Annotated[int, typer.Option(min=1, max=ROUNDS_MAX, help="Of --precopy auto.")] = AUTO.rounds_max,
     max_stale: Annotated[
         str, typer.Option("--max-stale-bytes", help="SIZE: so few stale bytes are switched over at once.")
     ] = "1M",
-    deadline: Annotated[float | None, typer.Option(min=0.001, help="Seconds of precopy, at most.")] = None,
+    deadline: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=DEADLINE_SECONDS_MAX, help="Seconds of precopy after which no further round begins."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Move a guest to another daemon, and show how it goes until it is whole there."""
     options = {
-        "precopy": int(precopy) if precopy.isascii() and precopy.isdigit() else precopy,
+        "precopy": rounds_of(precopy),
         "max_rounds": max_rounds,
         "max_stale_bytes": size_bytes_of(max_stale),
         "deadline_seconds": deadline,
@@ -56,9 +60,20 @@ def migrate(
     raise typer.Exit(result_code(ended))
 
 
+def rounds_of(text: str) -> int | str:
+    """As the API has it. Raises PostcopyError."""
+    if text in ("auto", "off"):
+        return text
+    if text.isascii() and text.isdigit() and len(text) < 5 and 1 <= int(text) <= ROUNDS_MAX:
+        return int(text)
+    raise PostcopyError("--precopy", expected=f"auto, off, or 1 to {ROUNDS_MAX} rounds", got=text, code="usage")
+
+
 def result_code(ended: MigrationStatus) -> int:
     if ended.state == "complete":
         return 0
+    if not ended.settled:  # its daemon ended first: where the guest runs is not known here
+        return EXIT_CODES["daemon-unreachable"]
     return EXIT_CODES["migration-stalled" if ended.state == "stalled" else "migration-failed"]
 
 

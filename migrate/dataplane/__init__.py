@@ -71,6 +71,9 @@ class LoopResult:
             return DataPlaneError(at, expected="each page once by bulk", got="the page a second time", code=self.reason)
         if self.reason == "incomplete":
             return DataPlaneError(at, expected="a final page state", got=self.got, code=self.reason)
+        if self.reason == "tracking-failed":
+            what, expected = f"pagemap of the guest ({self.where})", "all of its memory mapped and tracked"
+            return DataPlaneError(what, expected=expected, got=errno_text(self.error_number), code=self.reason)
         got = errno_text(self.error_number) if self.error_number else "end of stream"
         return DataPlaneError(f"{self.loop} loop ended at {self.where}", expected="to run on", got=got, code=self.reason)
 
@@ -217,6 +220,10 @@ class DestinationPlane(_Plane):
         """Before a migration, and after one that came to nothing: the waiting memory is empty."""
         return self._run("clean", lib.destination_clean)
 
+    def back(self) -> LoopResult:
+        """Every huge page is allocated; ``stop`` ends it. ``memory-failed`` with ENOMEM or ENOSPC: there is no room."""
+        return self._run("room", lib.destination_back)
+
     def finish(self) -> LoopResult:
         return self._run("finish", lib.destination_finish)
 
@@ -261,6 +268,10 @@ class SourcePlane(_Plane):
         if error_number := lib.source_track(self._pointer, pagemap_fd):
             got = errno_text(error_number)
             raise DataPlaneError("precopy", expected="a byte for each page", got=got, code="memory-failed")
+
+    def precopy_check(self, pagemap_fd: int) -> LoopResult:
+        """Whether it shows what the guest writes, in all of its memory."""
+        return self._run("precopy", lib.precopy_check, pagemap_fd)
 
     def precopy_arm(self) -> LoopResult:
         return self._run("precopy", lib.precopy_arm)

@@ -117,6 +117,9 @@ void destination_discard(struct destination *destination, uint32_t region, uint6
 /* While no loop runs, before a migration and after one that came to nothing: no byte is in the waiting memory, nothing of it is
  * mapped, and who waited for a page of it faults anew. LOOP_FINISHED, or what is wrong. */
 void destination_clean(struct destination *destination, struct loop_result *result);
+/* After that, before a migration: every huge page is allocated. LOOP_FINISHED, LOOP_STOPPED; LOOP_MEMORY_FAILED with ENOMEM or ENOSPC:
+ * there is no room. Regions of 4 KiB pages take theirs as content comes. */
+void destination_back(struct destination *destination, struct loop_result *result);
 
 /* After the loops: check that every page is final, map what is only PRESENT, unregister. LOOP_FINISHED, or what is wrong;
  * on LOOP_INCOMPLETE nothing was unregistered (promise P3). */
@@ -160,12 +163,14 @@ void source_open_bulk(struct source *source);
 
 /* Precopy, before the loops begin: pagemap_fd is the guest's /proc/self/pagemap, its memory registered for asynchronous write
  * protection. 0 or ENOMEM. Then, one after the other, each LOOP_FINISHED or what is wrong:
+ *   precopy_check     before source_track: does this pagemap show what is written in all of the memory?
  *   precopy_arm       write-protect all; the first round is all pages
  *   precopy_send      send what is pending in this round
- *   precopy_count     how much has been written since (pages_written, bytes_written); nothing is changed
+ *   precopy_count     how much has been written since (pages_written, bytes_written), and is all of it still tracked; nothing is changed
  *   precopy_collect   that is the next round
  *   precopy_end       the mark: no precopied page follows on this connection */
 int source_track(struct source *source, int pagemap_fd);
+void precopy_check(struct source *source, int pagemap_fd, struct loop_result *result);
 void precopy_arm(struct source *source, struct loop_result *result);
 void precopy_send(struct source *source, int bulk_socket, struct loop_result *result);
 void precopy_count(struct source *source, struct loop_result *result);

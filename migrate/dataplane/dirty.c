@@ -6,6 +6,8 @@
  * stays written for the next one.
  * A scan of a process that has ended finds nothing written, and says so without an error: only a read that succeeds after the
  * scan shows that there was something to find.
+ * Nor is a range reported that is not mapped there: what had been written in it before it was unmapped is not seen. Whether
+ * all is mapped and tracked is a walk of its own that costs five of the others, so it is made while the guest still runs.
  * Addresses are the guest's own: the descriptor is of its process, which opened it and passed it. */
 #include "dirty.h"
 
@@ -20,12 +22,12 @@
 
 struct scan {
     int pagemap_fd;
-    uint64_t flags;
+    uint64_t flags, category;
     uint64_t at, end; /* what is still to be walked */
     struct page_region run[RUNS_PER_SCAN];
 };
 
-/* The next runs of written pages: their number, 0 at the end, or -1 with errno. */
+/* The next runs of pages of the category: their number, 0 at the end, or -1 with errno. */
 static long scan_next(struct scan *scan)
 {
     while (scan->at < scan->end) {
@@ -36,15 +38,19 @@ static long scan_next(struct scan *scan)
             .end = scan->end,
             .vec = (uint64_t)(uintptr_t)scan->run,
             .vec_len = RUNS_PER_SCAN,
-            .category_mask = PAGE_IS_WRITTEN,
-            .return_mask = PAGE_IS_WRITTEN,
+            .category_mask = scan->category,
+            .return_mask = scan->category,
         };
         int runs = ioctl(scan->pagemap_fd, PAGEMAP_SCAN, &request);
         if (runs < 0 && errno == EINTR)
             continue;
         if (runs < 0)
             return -1;
-        scan->at = request.walk_end > scan->at ? request.walk_end : scan->end;
+        if (request.walk_end <= scan->at) { /* not walked is not clean */
+            errno = EIO;
+            return -1;
+        }
+        scan->at = request.walk_end;
         if (runs > 0)
             return runs;
     }
@@ -54,7 +60,8 @@ static long scan_next(struct scan *scan)
 static struct scan scan_of(const struct region *region, int pagemap_fd, uint64_t flags)
 {
     uint64_t start = region->memory.guest_address;
-    return (struct scan){.pagemap_fd = pagemap_fd, .flags = flags, .at = start, .end = start + region->memory.size_bytes};
+    uint64_t end = start + region->memory.size_bytes;
+    return (struct scan){.pagemap_fd = pagemap_fd, .flags = flags, .category = PAGE_IS_WRITTEN, .at = start, .end = end};
 }
 
 /* Pages of the region that the run touches. */
@@ -76,7 +83,7 @@ static uint64_t mark(const struct region *region, const struct page_region *run,
 
 static int collect_armed(const struct region *region, int pagemap_fd, uint64_t start, uint64_t end, _Atomic uint8_t *pages, uint64_t *newly)
 {
-    struct scan arming = {.pagemap_fd = pagemap_fd, .flags = PM_SCAN_WP_MATCHING, .at = start, .end = end};
+    struct scan arming = {.pagemap_fd = pagemap_fd, .flags = PM_SCAN_WP_MATCHING, .category = PAGE_IS_WRITTEN, .at = start, .end = end};
     long runs;
     while ((runs = scan_next(&arming)) > 0)
         for (long i = 0; i < runs; i++)
@@ -110,6 +117,25 @@ static int check_alive(const struct memory *memory, int pagemap_fd)
     uint64_t entry;
     off_t offset_bytes = (off_t)(memory->regions[0].memory.guest_address / 4096 * sizeof(entry));
     return pread(pagemap_fd, &entry, sizeof(entry), offset_bytes) == sizeof(entry) ? 0 : ESRCH;
+}
+
+int dirty_check(const struct memory *memory, int pagemap_fd)
+{
+    for (uint32_t r = 0; r < memory->region_count; r++) {
+        struct scan tracked = scan_of(&memory->regions[r], pagemap_fd, 0);
+        tracked.category = PAGE_IS_WPALLOWED;
+        uint64_t tracked_bytes = 0;
+        long runs;
+        while ((runs = scan_next(&tracked)) > 0)
+            for (long i = 0; i < runs; i++)
+                tracked_bytes += tracked.run[i].end - tracked.run[i].start;
+        if (runs < 0)
+            return errno;
+        int error_number = check_alive(memory, pagemap_fd);
+        if (error_number != 0 || tracked_bytes != memory->regions[r].memory.size_bytes)
+            return error_number != 0 ? error_number : EFAULT;
+    }
+    return 0;
 }
 
 int dirty_collect(const struct memory *memory, int pagemap_fd, bool arm, _Atomic uint8_t *pages, uint64_t *newly_marked)

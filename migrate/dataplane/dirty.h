@@ -4,6 +4,9 @@
 
 #include "memory.h"
 
+/* Is all of the memory mapped where it was said to be, and tracked? 0 or an errno: EFAULT means that something is not mapped,
+ * ENOTTY that this is not a pagemap or that Linux is older than 6.7; others as below. */
+int dirty_check(const struct memory *memory, int pagemap_fd);
 /* Mark in pages[] (one byte a page) what was written since it was last armed, and re-arm exactly that if asked to.
  * Returns 0 and adds the number of pages that were newly marked, or an errno: EPERM means that a range is not
  * tracked, ESRCH that the guest process has ended. */

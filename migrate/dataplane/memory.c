@@ -69,7 +69,8 @@ int memory_map_aliases(struct memory *memory)
         /* A hugetlb store can also fail for want of a huge page, so its alias is only written by system calls (place.c). */
         if (!sealed && !region->is_hugetlb)
             continue;
-        void *alias = mmap(NULL, region->memory.size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, region->memory.memory_fd,
+        int flags = MAP_SHARED | (region->is_hugetlb ? MAP_NORESERVE : 0); /* huge pages are asked for once, where it can be said: room.c */
+        void *alias = mmap(NULL, region->memory.size_bytes, PROT_READ | PROT_WRITE, flags, region->memory.memory_fd,
                            (off_t)region->memory.offset_bytes);
         if (alias == MAP_FAILED)
             return errno;

@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -108,7 +109,22 @@ int place_nothing(const struct region *region)
     if (!holds_something(region))
         return 0;
     int error_number = place_hole(region, 0, region->page_count);
-    if (error_number != 0 || !region->is_hugetlb)
-        return error_number;
-    return allocate(region, 0, 0, region->page_count); /* what the punch gave back of the reservation; fresh pages are cleared */
+    if (error_number == 0 && region->is_hugetlb)
+        place_reserve(region); /* what the punch gave back; where another has it already, the next migration says so (room.c) */
+    return error_number;
+}
+
+int place_reserve(const struct region *region)
+{
+    void *mapping = mmap(NULL, region->memory.size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, region->memory.memory_fd,
+                         (off_t)region->memory.offset_bytes);
+    if (mapping == MAP_FAILED)
+        return errno;
+    munmap(mapping, region->memory.size_bytes);
+    return 0;
+}
+
+int place_allocate(const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    return allocate(region, 0, page_index, page_count);
 }

@@ -14,5 +14,9 @@ int place_zeroes(const struct region *region, uint64_t page_index, uint64_t page
 int place_hole(const struct region *region, uint64_t page_index, uint64_t page_count);
 /* The whole region is empty afterwards, whatever was there, and nothing of it mapped anywhere. 0 or an errno. */
 int place_nothing(const struct region *region);
+/* hugetlbfs. Reserve for the file what the region lacks, all or nothing; then take these pages, cleared, whoever else wants some. 0 or an
+ * errno: ENOMEM, ENOSPC are want of room. */
+int place_reserve(const struct region *region);
+int place_allocate(const struct region *region, uint64_t page_index, uint64_t page_count);
 
 #endif

@@ -128,7 +128,7 @@ static bool map_chunk(struct destination *destination, uint64_t chunk, struct lo
 static bool going_on(const struct destination *destination, struct loop_result *result)
 {
     struct pollfd stop = {.fd = destination->stop_fd, .events = POLLIN};
-    return poll(&stop, 1, 0) == 0 || result_fail(result, LOOP_STOPPED, 0, "map ahead");
+    return poll(&stop, 1, 0) <= 0 || result_fail(result, LOOP_STOPPED, 0, "map ahead"); /* EINTR is no reason to stop */
 }
 
 /* Map everything that is here before anybody touches it, a chunk at a time, each time around the last local fault if that is

@@ -29,6 +29,12 @@ static void end_with(struct loop_result *result, int error_number, const char *w
         result->reason = LOOP_FINISHED;
 }
 
+void precopy_check(struct source *source, int pagemap_fd, struct loop_result *result)
+{
+    result_reset(result);
+    end_with(result, dirty_check(&source->memory, pagemap_fd), "check");
+}
+
 void precopy_arm(struct source *source, struct loop_result *result)
 {
     result_reset(result);
@@ -56,6 +62,8 @@ void precopy_count(struct source *source, struct loop_result *result)
     uint64_t pages = 0, bytes = 0;
     int error_number = dirty_count(&source->memory, source->pagemap_fd, &pages, &bytes);
     count_discarded(source, &pages, &bytes);
+    if (error_number == 0)
+        error_number = dirty_check(&source->memory, source->pagemap_fd);
     atomic_store_explicit(&source->pages_written, pages, memory_order_relaxed);
     atomic_store_explicit(&source->bytes_written, bytes, memory_order_relaxed);
     end_with(result, error_number, "count");

@@ -1,6 +1,6 @@
 /* The stream loop: the bulk connection at the source. After precopy it first settles what the destination has (settle.c).
- * Then it sends every page that has not gone out yet, in runs, starting
- * behind the last fault and wrapping around; zero pages as a marker.
+ * Then it sends every page that has not gone out yet, in runs, starting behind the last fault and wrapping around; zero pages
+ * as a marker.
  *
  * A page is marked sent before it is read: the mark says who sends it by bulk. A page that was asked for meanwhile goes
  * out by both paths at worst, and the destination drops the later copy. */

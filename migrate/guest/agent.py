@@ -167,7 +167,8 @@ class Agent:
         if self.machine.event_fd() >= 0:
             poll.register(self.machine.event_fd(), select.POLLIN)
         with self._socket, prefer_latency():
-            self._serve(self._unserved)
+            if not self._serve(self._unserved):
+                return
             while self.role is not GuestRole.DEPARTED:
                 for ready_fd, _ in poll.poll():
                     if ready_fd != daemon_fd:
@@ -211,20 +212,24 @@ class Agent:
         if not data:
             return False
         try:
-            self._serve(self._decoder.feed(data))
-        except ProtocolError as error:  # the guest does not end because its daemon is confused
-            log.error("connection to the daemon ended", guest=self.guest_id, reason=str(error))
-            return False
-        return True
+            messages = self._decoder.feed(data)
+        except ProtocolError as error:
+            return self._confused(error)
+        return self._serve(messages)
 
-    def _serve(self, messages: list[Message]) -> None:
+    def _serve(self, messages: list[Message]) -> bool:
         for message in messages:
             handler = self._handlers.get(type(message))
             if handler is None:
-                raise ProtocolError(
-                    "message-unexpected", "message to the agent", expected="a request", got=type(message).__name__
-                )
+                got = type(message).__name__
+                return self._confused(ProtocolError("message-unexpected", "message to the agent", expected="a request", got=got))
             handler(message)
+        return True
+
+    def _confused(self, error: ProtocolError) -> bool:
+        """The guest does not end because its daemon is confused."""
+        log.error("connection to the daemon ended", guest=self.guest_id, reason=str(error))
+        return False
 
     def _serve_machine(self) -> None:
         message = self.machine.event()
@@ -283,7 +288,8 @@ class Agent:
         except (PostcopyError, OSError) as error:
             self._send(TrackFailed(reason=str(error)))
             return
-        socket.send_fds(self._socket, [encode(Tracking())], [self._tracking.pagemap_fd])
+        with contextlib.suppress(ConnectionError):  # as in _send
+            socket.send_fds(self._socket, [encode(Tracking())], [self._tracking.pagemap_fd])
 
     def _untrack(self, _: Untrack) -> None:
         self._end_tracking()

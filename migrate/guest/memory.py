@@ -20,7 +20,8 @@ from proto.messages import GuestRegion
 
 PAGE_BYTES_OF_KIND: dict[str, Literal[4096, 2097152]] = {"memfd": 4096, "tmpfs": 4096, "hugetlb": 2097152}
 _SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SPEC = re.compile(r"^(\d+)([KMGT]?)(?:iB)?(?::([a-z]+))?$")
+_SPEC = re.compile(r"(\d+)([KMGT]?)(?:iB)?(?::([a-z]+))?", re.ASCII)
+REGION_BYTES_MAX = 1 << 50  # of the wire (proto/messages.py)
 
 
 def size_bytes_of(text: str) -> int:
@@ -40,14 +41,17 @@ class MemorySpec:
 
     @classmethod
     def parse(cls, text: str) -> "MemorySpec":
-        match = _SPEC.match(text)
+        match = _SPEC.fullmatch(text)
         kind = (match and match[3]) or "memfd"
         if match is None or kind not in PAGE_BYTES_OF_KIND:
-            raise PostcopyError("memory", expected="SIZE[K|M|G|T][:memfd|:tmpfs|:hugetlb], such as 512M or 1G:hugetlb", got=text)
+            raise PostcopyError(
+                "memory", expected="SIZE[K|M|G|T][:memfd|:tmpfs|:hugetlb], such as 512M or 1G:hugetlb", got=text, code="usage"
+            )
         size_bytes = int(match[1]) * _SUFFIX[match[2]]
         page_bytes = PAGE_BYTES_OF_KIND[kind]
-        if size_bytes == 0 or size_bytes % page_bytes:
-            raise PostcopyError(f"memory of kind {kind}", expected=f"a whole number of {page_bytes}-byte pages", got=text)
+        if size_bytes == 0 or size_bytes % page_bytes or size_bytes > REGION_BYTES_MAX:
+            expected = f"a whole number of {page_bytes}-byte pages, {REGION_BYTES_MAX >> 40}T at most"
+            raise PostcopyError(f"memory of kind {kind}", expected=expected, got=text, code="usage")
         return cls(size_bytes, kind)
 
 

@@ -32,6 +32,7 @@ PROBES: dict[str, Callable[[], Feature]] = {
     "cgroup": suite.limiting_cgroups,
     "netns": suite.netns,
     "timens": suite.timens,
+    "zram": suite.zram,
     "root": suite.root,
     "asan": lambda: suite.sanitizer("asan", "address,undefined", "libasan, libubsan"),
     "tsan": lambda: suite.sanitizer("tsan", "thread", "libtsan"),

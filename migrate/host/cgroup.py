@@ -5,7 +5,7 @@ looked for from the process's own cgroup up to what this mount shows as the top.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from migrate.host.mounts import mounts
@@ -45,6 +45,31 @@ def memory() -> list[Limit]:
         )
         if (limit := _limit(directory / name, directory / used)) is not None
     ]
+    return sorted(found, key=lambda limit: limit.left)
+
+
+def memory_at_most(swap_free_bytes: int) -> list[Limit]:
+    """What might still be charged at the very most, tightest first: file cache goes for it, and other pages go to swap.
+
+    ``used`` is less by that, and may be negative. memory.high is no limit in this sense: it slows, and refuses nothing.
+    """
+    found = []
+    for directory in levels("memory"):
+        statistics = dict(line.split() for line in read_text(directory / "memory.stat").splitlines())
+        # Of version 1, total_ includes the cgroups below as version 2 always does. Cache on these lists can be dropped.
+        names = ("active_file", "inactive_file")
+        cache_bytes = sum(int(statistics.get(f"total_{name}", statistics.get(name, 0))) for name in names)
+        swap = _limit(directory / "memory.swap.max", directory / "memory.swap.current")
+        swap_bytes = swap_free_bytes if swap is None else min(swap_free_bytes, int(swap.left))
+        for name, used, elsewhere_bytes in (
+            # Memory and swap together, first: the kernel refuses to lift the other limit above this one.
+            ("memory.memsw.limit_in_bytes", "memory.memsw.usage_in_bytes", 0),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", swap_bytes),
+            ("memory.max", "memory.current", swap_bytes),
+        ):
+            limit = _limit(directory / name, directory / used)
+            if limit is not None:
+                found.append(replace(limit, used=limit.used - cache_bytes - elsewhere_bytes))
     return sorted(found, key=lambda limit: limit.left)
 
 

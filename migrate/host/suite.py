@@ -25,6 +25,24 @@ mount -t tmpfs none /run
 ip netns add probe
 ip -n probe link add name left type veth peer name right
 """
+ZRAM_CONTROL = Path("/sys/class/zram-control")
+ZRAM_SCRIPT = f"""
+number=$(cat {ZRAM_CONTROL}/hot_add)
+device=/dev/zram$number
+give_back() {{
+    swapoff "$device" || :
+    for attempt in 1 2 3 4 5 6 7 8 9 10; do # udev may be looking at it
+        echo "$number" >{ZRAM_CONTROL}/hot_remove && break || sleep 0.1
+    done
+}}
+trap give_back EXIT
+echo "$1" >"/sys/block/zram$number/disksize"
+mkswap "$device" >&2
+swapon "$device"
+echo "$device"
+read -r _ || :
+"""
+"""With a size in bytes: swap on a zram device of its own, whose name it says, until its standard input ends."""
 # Threads, because ThreadSanitizer's own thread is what some address space layouts do not let start.
 _SANITIZED_PROGRAM = """
 #include <pthread.h>
@@ -99,6 +117,16 @@ def timens() -> Feature:
     if why:
         return Feature("timens", False, why, "be root with CAP_SYS_ADMIN, on a kernel with CONFIG_TIME_NS")
     return Feature("timens", True, "a process can have a monotonic clock with an offset")
+
+
+def zram() -> Feature:
+    """Swap in compressed memory: on, off, and the device given back."""
+    if not ZRAM_CONTROL.is_dir():
+        return Feature("zram", False, f"no {ZRAM_CONTROL}", "modprobe zram, as root")
+    why = _try("sh", "-euc", ZRAM_SCRIPT, "sh", str(16 << 20))
+    if why:
+        return Feature("zram", False, why, "be root with CAP_SYS_ADMIN, with devtmpfs at /dev, and install util-linux")
+    return Feature("zram", True, "a zram device can be made and used as swap")
 
 
 def root() -> Feature:

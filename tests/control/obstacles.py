@@ -4,12 +4,16 @@ Nothing of it reaches the machine: /dev is a file system of the namespace's own,
 are covered by mounts that end with it.
 """
 
+import contextlib
 import os
 import shlex
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from migrate.host import cgroup
 from migrate.host.report import Finding, Report
 from migrate.host.rights import misc_minor
 from migrate.pair import COMMAND
@@ -66,6 +70,23 @@ def nobodys_doctors(*steps: str, limits: tuple[str, ...] = ()) -> list[Told]:
     way = f'{open_the_way(needed_folders())}\ncd "$scratch"\nexport TMPDIR=$scratch HOME=$scratch\n{OWN_DEV}'
     first, *others = steps
     return doctors(way + first, *others, wrapped_in=(*limits, *DROP_ALL))
+
+
+@contextlib.contextmanager
+def memory_cgroup(limit_bytes: int, *, swap: bool = False) -> Iterator[Path]:
+    """A new cgroup that may have so much memory, and swap besides or none. What is put into it must have ended before it goes."""
+    top = cgroup.top("memory")
+    assert top is not None
+    made = Path(tempfile.mkdtemp(prefix="postcopy-test-", dir=top))
+    try:
+        limits = {"memory.limit_in_bytes": limit_bytes, "memory.max": limit_bytes}
+        if not swap:
+            limits |= {"memory.memsw.limit_in_bytes": limit_bytes, "memory.swap.max": 0}
+        written = [(made / name).write_text(str(value)) for name, value in limits.items() if (made / name).exists()]
+        assert written, f"{top} limits no memory"
+        yield made
+    finally:
+        made.rmdir()
 
 
 def covered(path: str | Path, text: str) -> str:

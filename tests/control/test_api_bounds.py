@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import select
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,13 +75,53 @@ def test_stream_outlives_the_deadline_of_its_request(hasty: DaemonProcess) -> No
         assert b"event: end" in answer.read()
 
 
+def test_stream_outlives_an_empty_line_behind_its_request(hasty: DaemonProcess) -> None:
+    """Some clients end a request with one (RFC 9112, 2.2): it begins nothing that would have to come to an end."""
+    with dial(hasty) as sock:
+        sock.sendall(b"GET /v1/events?for_seconds=0.5 HTTP/1.1\r\nHost: daemon\r\nConnection: close\r\n\r\n\r\n")
+        assert b"event: end" in end_of(sock)
+
+
+def test_empty_lines_keep_no_connection(hasty: DaemonProcess) -> None:
+    with dial(hasty) as sock:
+        sock.sendall(REQUEST)
+        sock.recv(1)
+        sock.sendall(b"\r\n")
+        end_of(sock)
+
+
+HEALTH = b"GET /v1/health HTTP/1.1\r\nHost: daemon\r\n"
+
+
+@pytest.mark.parametrize(
+    ("padding", "statuses"),
+    [(31_000, [b"200"] * 9), (34_000, [b"200"] * 8 + [b"431"])],
+    ids=["behind others", "too large"],
+)
+def test_head_is_counted_alone(hasty: DaemonProcess, padding: int, statuses: list[bytes]) -> None:
+    """Not with what came in one read with it, and answered behind what was asked before."""
+    with dial(hasty) as sock:
+        sock.sendall((HEALTH + b"X: " + b"x" * 7_000 + b"\r\n\r\n") * 8 + HEALTH + b"Connection: close\r\nX: ")
+        sock.sendall(b"x" * padding + b"\r\n\r\n")
+        assert [answer[:3] for answer in end_of(sock).split(b"HTTP/1.1 ")[1:]] == statuses
+
+
+def test_head_without_an_end_is_refused(hasty: DaemonProcess) -> None:
+    with dial(hasty) as sock:
+        sock.sendall(HEALTH + b"X: ")
+        for _ in range(8):
+            with contextlib.suppress(BrokenPipeError):
+                sock.sendall(b"x" * 20_000)
+        assert end_of(sock).startswith(b"HTTP/1.1 431 ")
+
+
 def test_answer_that_is_not_read_ends_its_connection(hasty: DaemonProcess) -> None:
     """Pipelined requests whose answers fill the socket and more; an answer would go on when it is read at last."""
     with dial(hasty) as sock:
         sock.sendall(REQUEST * 60)
-        descriptors = Path(f"/proc/{hasty.pid}/fd")
-        open_before = len(list(descriptors.iterdir()))
-        until(lambda: len(list(descriptors.iterdir())) < open_before, "the daemon has closed it")
+        hung_up = select.poll()
+        hung_up.register(sock, 0)  # POLLHUP alone, and nothing has been read
+        assert hung_up.poll(20_000), "the daemon has closed it"
         assert len(end_of(sock)) < 60 * 40_000
 
 

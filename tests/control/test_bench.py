@@ -1,12 +1,15 @@
 """The benchmark cannot rot: every scenario runs once, tiny, and its JSON holds what it should. Speeds mean nothing here."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from migrate.bench import resolvers
 from migrate.bench.figures import Bound, Latencies, Result
@@ -68,7 +71,7 @@ def test_every_way_to_resolve_runs(tmp_path: Path) -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=40, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     touches, bulk = run.stdout.split("bulk: ns a page")
-    assert [name for name in resolvers.WAYS if f"│ {name} " not in touches] == []
+    assert [name for name in resolvers.WAYS if f"│{name}" not in touches] == []
     written = json.loads(report.read_text())
     assert set(written["environment"]) == {"cpu_model", "cores", "memory_bytes", "kernel"}
     [comparison] = written["scenarios"]
@@ -107,6 +110,18 @@ def test_too_few_huge_pages_are_told_in_the_table() -> None:
     touches, bulk = resolvers.tables(resolvers.Comparison(1, [way]))
     assert (touches.row_count, bulk.row_count) == (1, 1)
     assert bulk.caption == f"continue-hugetlb {lacks}"
+
+
+def test_tables_fit_a_terminal_of_100_columns() -> None:
+    """Each way by its whole name, each figure uncut: a table that is too wide takes the room from its first column."""
+    touches = resolvers.Touches(p50=1234.5e-6, p99=9999.9e-6, cpu_seconds_per_page=99.9e-6, n=64)
+    ways = [resolvers.Way(name, touches=dict.fromkeys(resolvers.PLACEMENTS, touches)) for name in resolvers.WAYS]
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(next(resolvers.tables(resolvers.Comparison(1, ways))))
+    lines = console.export_text().splitlines()
+    for name in resolvers.WAYS:
+        [row] = [line for line in lines if re.match(f"│{name} *│", line)]
+        assert (row.count("1234.5"), row.count("9999.9"), row.count("99.9")) == (3, 3, 6)
 
 
 def test_way_that_nobody_knows() -> None:

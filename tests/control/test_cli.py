@@ -14,9 +14,13 @@ import pytest
 
 from migrate import __version__
 from migrate.cli import EXIT_CODES
+from migrate.cli.migrations import result_code, rounds_of
+from migrate.errors import PostcopyError
+from migrate.guest.memory import MemorySpec
 from migrate.pair import COMMAND, Pair
 from migrate.session import MigrationStatus
 from proto.messages import Cancel, Prepared
+from proto.states import State
 
 from ..failure.fakes import FakeDestination, FakeGuest
 from ..path.commuter import Commuter, until
@@ -133,11 +137,39 @@ def test_migrate_without_precopy_tells_of_its_faults(cli: Cli, commuter: Commute
     commuter.arrived()
 
 
-@pytest.mark.parametrize("rounds", ["0", "1001", "some"])
-def test_wrong_number_of_rounds_names_what_there_is(cli: Cli, commuter: Commuter, rounds: str) -> None:
-    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, "--precopy", rounds, *at(commuter))
-    assert run.returncode == 1
-    assert "precopy" in run.stderr
+@pytest.mark.parametrize("rounds", ["0", "1001", "-1", "3.0", "some"])
+def test_wrong_number_of_rounds_names_what_there_is(rounds: str) -> None:
+    with pytest.raises(PostcopyError, match="--precopy: expected auto, off, or 1 to 1000 rounds, got") as raised:
+        rounds_of(rounds)
+    assert raised.value.code == "usage"
+
+
+@pytest.mark.parametrize("memory", ["1.5G", "-1", "0", "5K", "1G:foo", "1M:hugetlb", "2049T", "1M\n", "٣M", "9" * 30])
+def test_memory_that_cannot_be_is_wrong_usage(memory: str) -> None:
+    with pytest.raises(PostcopyError, match="memory") as raised:
+        MemorySpec.parse(memory)
+    assert raised.value.code == "usage"
+
+
+def test_endless_deadline_is_wrong_usage(cli: Cli, commuter: Commuter) -> None:
+    run = cli("migrate", commuter.guest_id, commuter.goes_to.address, "--deadline", "inf", *at(commuter))
+    assert run.returncode == 2
+    assert "Traceback" not in run.stderr
+
+
+def test_unsettled_migration_is_not_said_to_run_on_at_the_source(commuter: Commuter) -> None:
+    settled = commuter.move()
+    states = {"complete": 0, "stalled": 4, "failed": 3, "cancelled": 3}
+    assert {state: result_code(settled.model_copy(update={"state": State(state)})) for state in states} == states
+    assert result_code(settled.model_copy(update={"state": State.POSTCOPY, "settled": False})) == 6
+
+
+def test_migration_id_stays_one_segment_of_its_path(commuter: Commuter) -> None:
+    with commuter.is_at.client() as client:
+        for typed in ("..", "../guests", "a/b", "a?b", "a#b", ""):
+            with pytest.raises(PostcopyError, match=r"expected one migration|Not Found") as raised:
+                client.status(typed)
+            assert raised.value.code == "not-found"
 
 
 def test_migrate_draws_a_bar_on_a_terminal(commuter: Commuter) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from migrate.client import DaemonClient
+from migrate.client import DaemonClient, ServerEvent
 from migrate.config import make_private
 from migrate.errors import HostLacksError, PostcopyError
 from migrate.pair import Pair, Process
@@ -194,13 +194,23 @@ def test_guest_does_not_leave_for_beyond_loopback(daemon: WatchedDaemon, cli: Cl
         assert client.migrations() == []
 
 
+def how_it_settled(watched: Iterator[ServerEvent]) -> str:
+    """What the last two events say; a watcher goes by it, and would take any other state for the guest's."""
+    *_, settled, end = watched
+    assert (settled.event, end.data["reason"]) == ("settled", "settled")
+    return str(settled.data["migration"]["state"])
+
+
 @pytest.mark.requires("uffd")
 def test_migration_before_its_switchover_is_cancelled_by_the_end(daemon: WatchedDaemon) -> None:
     with FakeGuest("stays", "running") as guest, FakeDestination() as fake, daemon.client() as client:
         guest.attach(daemon.runtime_dir / "guests.sock")
-        client.migrate("stays", fake.address)
+        begun = client.migrate("stays", fake.address)
         fake.attach()
+        watched = client.events(begun.id)
+        assert next(watched).event == "state"
         daemon.signal(signal.SIGTERM)
+        assert how_it_settled(watched) == "cancelled"
         assert fake.control.receive(Cancel).reason == "the daemon is ending"
         assert daemon.wait() == 0
         assert guest.told_only_the_end()
@@ -261,9 +271,11 @@ def test_second_signal_ends_a_daemon_with_a_guest_in_postcopy(tmp_path: Path) ->
     daemon = WatchedDaemon(tmp_path)
     with FakeGuest("gone", "running") as guest, FakeDestination() as fake, daemon.client() as client:
         guest.attach(daemon.runtime_dir / "guests.sock")
-        client.migrate("gone", fake.address)
+        begun = client.migrate("gone", fake.address)
         fake.switch_over(guest)
         until(lambda: client.migrations()[0].state == "postcopy", "postcopy")
+        watched = client.events(begun.id)
+        assert next(watched).event == "state"
         assert daemon.told().startswith("FDSTORE=1\n")
         daemon.signal(signal.SIGTERM)
         assert daemon.told() == "STOPPING=1"
@@ -271,6 +283,7 @@ def test_second_signal_ends_a_daemon_with_a_guest_in_postcopy(tmp_path: Path) ->
         assert daemon.told() == "EXTEND_TIMEOUT_USEC=30000000"
         assert daemon.returncode is None
         daemon.signal(signal.SIGTERM)
+        assert how_it_settled(watched) == "stalled"
         assert daemon.wait() == 0
         assert guest.told_only_the_end()  # not resumed: it may run there
     assert os.listdir(daemon.runtime_dir) == []

@@ -279,3 +279,19 @@ def test_limits_of_cgroups_name_their_files(cgroups: dict[str, Path]) -> None:
         "processes": (str(limiting["threads"]), 60),
         "cpus": (str(limiting["processors"]), 0.5),
     }
+
+
+@pytest.mark.requires("root")
+def test_place_without_proc() -> None:
+    said = in_namespace(
+        f"mount -t tmpfs none /proc\nstatus=0\n{shlex.join([*COMMAND, 'doctor'])} 2>&1 || status=$?\necho $status"
+    )
+    assert said == "postcopy: /proc is not available here: no procfs is mounted there; mount -t proc proc /proc\n5\n"
+
+
+@pytest.mark.requires("root", "uffd")
+def test_read_only_place() -> None:
+    """Where nothing can be written, temporary files neither: the way to the sockets is still the same for all."""
+    [told] = doctors("mount -t tmpfs -o ro none /tmp\nunset TMPDIR XDG_RUNTIME_DIR POSTCOPY_RUNTIME_DIR\n")
+    assert (told.status, told["runtime-directory"].verdict) == (0, "no")
+    assert told["runtime-directory"].reason.startswith("/tmp/postcopy-0")

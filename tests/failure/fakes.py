@@ -149,6 +149,7 @@ class FakeSource:
         self.address = place_of(address)
         self.regions = [OfferedRegion(size_bytes=size_bytes, page_bytes=page_bytes) for size_bytes, page_bytes in regions]
         self.guest_id = guest_id
+        self.precopy = False
         self.migration_id = os.urandom(16)
         self.token = NO_TOKEN
         self._sockets: list[socket.socket] = []
@@ -186,7 +187,9 @@ class FakeSource:
         return accept
 
     def offered(self) -> Offer:
-        return Offer(guest_id=self.guest_id, regions=self.regions, clock_id=clock_id(), software="a fake source")
+        return Offer(
+            guest_id=self.guest_id, regions=self.regions, clock_id=clock_id(), software="a fake source", precopy=self.precopy
+        )
 
     def attach(self) -> None:
         """Offered, accepted, urgent and bulk connected, ready."""
@@ -269,7 +272,10 @@ class FakeDestination:
         return self.control.receive(Offer)
 
     def send_accept(self) -> None:
-        self.control.send(Accept(token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination"))
+        self.control.send(self.accepted())
+
+    def accepted(self) -> Accept:
+        return Accept(token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination")
 
     def attach(self) -> None:
         """Data connections are here; not yet said to be ready."""
@@ -340,8 +346,9 @@ class FakeDestination:
 class FakeGuest:
     """A guest's agent, in this process. Its memory is a memfd that nobody touches; ``attach`` may lie about all of it."""
 
-    def __init__(self, guest_id: str, role: Literal["running", "waiting"], memory: str = "1M") -> None:
-        self.memory = GuestMemory([MemorySpec.parse(memory)])
+    def __init__(self, guest_id: str, role: Literal["running", "waiting"], *memory: str | GuestMemory) -> None:
+        made = memory[0] if memory and isinstance(memory[0], GuestMemory) else None
+        self.memory = made or GuestMemory([MemorySpec.parse(str(spec)) for spec in memory or ("1M",)])
         self.guest_id, self.role = guest_id, role
         self.userfaultfd = self.memory.register() if role == "waiting" else -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -12,7 +12,7 @@ from migrate.config import make_private
 from migrate.daemon import Daemon
 from migrate.errors import GuestBusyError, HostLacksError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
-from migrate.network import Address
+from migrate.network import Address, connect
 from migrate.pair import Pair, wait_settled
 from proto.frame import Frame, FrameKind
 from proto.messages import Cancel, ClockPing, ClockPong, Prepared, Progress, Refused, Resume, Switchover, encode
@@ -135,6 +135,36 @@ def test_silent_destination_does_not_silence_the_api(pair: Pair, unharmed: Commu
         assert time.monotonic() - began_seconds < 2 * API_SECONDS_MAX
         assert state_of(pair, "waits-long") == "running"
         assert guest.told_nothing()
+
+
+def test_cancellation_that_comes_as_the_connection_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At whatever turn of the event loop it comes, a task that has not ended then ends cancelled."""
+
+    async def turns(*_: object) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    async def resolved(*_: object, **__: object) -> list[tuple[object, ...]]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))]
+
+    async def cancel_after(count: int) -> bool:
+        """Whether it was in time."""
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(loop, "sock_connect", turns)
+        monkeypatch.setattr(loop, "getaddrinfo", resolved)
+        task = loop.create_task(connect(Address("127.0.0.1", 1), deadline_seconds=10))
+        for _ in range(count):
+            await asyncio.sleep(0)
+        in_time = task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() is in_time
+        if not in_time:
+            task.result().close()
+        return in_time
+
+    outcomes = [asyncio.run(cancel_after(count)) for count in range(12)]
+    assert outcomes == sorted(outcomes, reverse=True)
+    assert {True, False} == set(outcomes)
 
 
 def test_runtime_directory_that_is_a_link(tmp_path: Path) -> None:

@@ -83,6 +83,26 @@ def test_hole_punched_loses_its_reservation(kind: Kind) -> None:
     byte_at(address)
 
 
+@case([HUGETLB])
+def test_mapping_reserves_what_a_file_lacks(kind: Kind) -> None:
+    """For the file, which keeps it when the mapping goes: of one that had no reservation, and of one that a punch took it from.
+    fallocate(2) then takes the pages that are reserved, although no other is left."""
+    before, pages = unreserved_pages(), 4
+    file = hugetlb_file(pages)
+    map_memory(pages * HUGE_PAGE_BYTES, MAP_SHARED | MAP_NORESERVE, file)
+    for _ in range(2):
+        assert unreserved_pages() == before
+        address = map_memory(pages * HUGE_PAGE_BYTES, MAP_SHARED, file)
+        assert libc.munmap(address, pages * HUGE_PAGE_BYTES) == 0
+        assert unreserved_pages() == before - pages
+        os.posix_fallocate(file, 0, pages * HUGE_PAGE_BYTES)
+        assert unreserved_pages() == before - pages
+        assert libc.fallocate(file, 3, 0, pages * HUGE_PAGE_BYTES) == 0  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    map_memory(pages * HUGE_PAGE_BYTES, MAP_SHARED, file)
+    map_memory(unreserved_pages() * HUGE_PAGE_BYTES, MAP_SHARED, hugetlb_file(unreserved_pages()))
+    os.posix_fallocate(file, 0, pages * HUGE_PAGE_BYTES)
+
+
 def without_reservation() -> int:
     """The address of a page of hugetlbfs for which none is left: all are reserved for another file."""
     pages = unreserved_pages()

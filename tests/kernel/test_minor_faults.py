@@ -1,14 +1,35 @@
 """The life of a page as a destination knows it: content into the file, then mapped, in shared memory."""
 
+import ctypes
 import errno
+import os
 
 from migrate.uffd import Feature, Mode, PageFault, PageFaultFlag
 from migrate.uffd.pagemap import Category, scan
 
 from .cases import case
-from .memory import HUGE_PAGE_BYTES, MADV_COLLAPSE, SHARED, SHMEM, SMALL_PAGE_BYTES, Calling, Kind, Memory, byte_at, libc
+from .memory import (
+    HUGE_PAGE_BYTES,
+    MADV_COLLAPSE,
+    MADV_PAGEOUT,
+    SHARED,
+    SHMEM,
+    SMALL_PAGE_BYTES,
+    Calling,
+    Kind,
+    Memory,
+    byte_at,
+    libc,
+)
 
 WP = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED
+
+
+def in_memory(memory: Memory) -> int:
+    """How many of its pages, as mincore(2) says."""
+    there = ctypes.create_string_buffer(memory.pages)
+    assert libc.mincore(ctypes.c_void_p(memory.alias), ctypes.c_size_t(memory.size_bytes), there) == 0
+    return sum(byte & 1 for byte in there.raw)
 
 
 def reads_all(memory: Memory) -> list[int]:
@@ -51,6 +72,27 @@ def test_mapped_write_protected(kind: Kind) -> None:
         assert flags == PageFaultFlag.WP | PageFaultFlag.WRITE
         assert memory.unprotect(page)
         assert touch.ends() == 9
+
+
+@case([SHMEM], requires=["zram"])
+def test_swapped_page_faults_as_minor(kind: Kind) -> None:
+    """A page of the file that is in swap is one that is there: CONTINUE brings it back with its content. One that was mapped
+    faults again when it has been swapped out. st_blocks counts it all the while."""
+    memory = Memory(kind)
+    memory.open()
+    memory.register(Mode.MISSING | Mode.MINOR)
+    for page in range(memory.pages):
+        memory.put(page, page + 1)
+    for _ in range(2):
+        while in_memory(memory):  # again for a page that another CPU has not put on its list yet; the case has its deadline
+            for address in (memory.alias, memory.address):
+                assert libc.madvise(address, memory.size_bytes, MADV_PAGEOUT) == 0
+        assert os.fstat(memory.file).st_blocks * 512 == memory.size_bytes
+        for page in range(memory.pages):
+            touch, flags = memory.fault(page)
+            assert flags == PageFaultFlag.MINOR
+            assert memory.continue_(page)
+            assert touch.ends() == page + 1
 
 
 @case([SHMEM], requires=["pagemap-scan", "thp"])

@@ -99,7 +99,11 @@ FIGURES = RoundFigures(number=2, pages_sent=1000, pages_written=500, bytes_writt
     [
         (AUTO, FIGURES, None),
         (AUTO, RoundFigures(2, 1000, 100, 100 * 4096, 1.0), "are few enough"),
-        (AUTO, RoundFigures(2, 1000, 800, 800 * 4096, 1.0), "would not shrink the stale set: 800 of 1000"),
+        (
+            AUTO,
+            RoundFigures(2, 1000, 800, 800 * 4096, 1.0),
+            "would not shrink the stale set: 800 pages were written while 1000 went out",
+        ),
         (AUTO, RoundFigures(30, 1000, 500, 500 * 4096, 1.0), "30 rounds are the most"),
         (PrecopyPolicy(rounds_max=2), FIGURES, "2 rounds are the most"),
         (PrecopyPolicy(stale_bytes_max=500 * 4096), FIGURES, "are few enough"),

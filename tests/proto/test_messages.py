@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from proto import messages as m
 from proto.errors import ProtocolError
 
-REGION = {"size_bytes": 8192, "page_bytes": 4096}
+REGION = {"size_bytes": 8192, "page_bytes": 4096, "populated_bytes": 4096}
 GUEST_REGION = {"guest_address": 1 << 40, "size_bytes": 8192, "offset_bytes": 0, "page_bytes": 4096, "memory_file": 0}
 LATENCY = {"count": 3, "p50_ns": 1, "p99_ns": 2, "max_ns": 3}
 TOKEN, STATE = b"0123456789abcdef", b"registers"
@@ -25,9 +25,9 @@ CONTROL: dict[str, dict[str, Any]] = {
     "clock_ping": {"sent_ns": 0},
     "clock_pong": {"sent_ns": 0, "peer_ns": (1 << 63) - 1},
     "ready": {},
-    "round": {"number": 1, "pages": 262144},
+    "round": {"number": 1, "pages": 262144, "populated_bytes": [4096]},
     "quiesced": {},
-    "prepare": {"clock_offset_ns": -5, "clock_uncertainty_ns": 7},
+    "prepare": {"clock_offset_ns": -5, "clock_uncertainty_ns": 7, "populated_bytes": None},
     "prepared": {},
     "switchover": {"epoch": 0, "state": STATE, "last_step_ns": 9},
     "running": {"epoch": 0},
@@ -89,6 +89,8 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("control", "clock_ping", "sent_ns", [0, (1 << 63) - 1], [-1, 1 << 63, 0.0, "0", True, None]),
     ("control", "offer", "precopy", [True, False], [0, 1, "yes", None]),
     ("control", "round", "pages", [0, (1 << 63) - 1], [-1, 1 << 63]),
+    ("control", "round", "populated_bytes", [None, [], [0] * 64, [(1 << 63) - 1]], [[0] * 65, [-1], [True], 4096]),
+    ("control", "prepare", "populated_bytes", [None, [0]], [[0] * 65, [1.0]]),
     ("control", "complete", "stale_window_ns", [None, 0, (1 << 63) - 1], [-1, 1 << 63, True]),
     ("control", "prepare", "clock_offset_ns", [1 - (1 << 63), (1 << 63) - 1], [-(1 << 63), 1 << 63]),
     ("control", "prepare", "clock_uncertainty_ns", [0], [-1, 1 << 63]),
@@ -127,6 +129,7 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
 # region class, field, good values, bad ones
 REGION_BOUNDS: list[tuple[type[m.Message], dict[str, Any], str, list[int], list[int]]] = [
     (m.OfferedRegion, REGION, "size_bytes", [4096, 1 << 50], [0, -4096, 4097, (1 << 50) + 4096]),
+    (m.OfferedRegion, REGION, "populated_bytes", [0, 1, 8192], [-1, 8193]),
     (m.OfferedRegion, REGION, "page_bytes", [4096], [0, 1, 8192, 2 << 20]),  # 8192 bytes are no whole number of 2 MiB
     (m.GuestRegion, GUEST_REGION, "size_bytes", [4096, 1 << 50], [0, 4095, (1 << 50) + 4096]),
     (m.GuestRegion, GUEST_REGION, "guest_address", [0, (1 << 64) - 8192], [-4096, 1, (1 << 64) - 4096, 1 << 64]),
@@ -176,7 +179,7 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
     for field in (CONTROL if side == "control" else GUEST)[name]:
         body = on_wire(side, name)
         del body[field]
-        if field in ("offers", "declares", "precopy", "stale_window_ns", "remove_means"):  # optional
+        if field in ("offers", "declares", "precopy", "populated_bytes", "stale_window_ns", "remove_means"):  # optional
             decoder(side).feed(wire(body))
             continue
         missing = refusal(side, wire(body))

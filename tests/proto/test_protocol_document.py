@@ -107,6 +107,12 @@ def test_every_code_that_this_package_raises_is_explained() -> None:
     assert raised - explained == set()
 
 
+def test_how_long_a_source_waits_for_huge_pages() -> None:
+    text = section("Control connection")
+    assert f"waits for `accept` {source.ANSWER_DEADLINE_SECONDS:.0f} s, and a second more" in text
+    assert f"for each {source.HUGE_BYTES_A_SECOND >> 20} MiB of huge pages" in text
+
+
 def test_how_long_a_daemon_waits_for_its_guest() -> None:
     text = section("Guest socket")
     assert source.ANSWER_DEADLINE_SECONDS == destination.PREPARED_DEADLINE_SECONDS

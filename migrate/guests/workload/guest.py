@@ -20,6 +20,7 @@ from migrate.errors import PostcopyError
 from migrate.guest.agent import Agent, GuestRole
 from migrate.guest.memory import GuestMemory, MemorySpec
 from migrate.guests.workload.native import BLOCK_BYTES, Workload, WorkloadConfig
+from proto.errors import ProtocolError
 from proto.messages import Discard, GuestFailed, Message, PageRange, Stepped
 
 log = structlog.get_logger("postcopy.workload")
@@ -120,8 +121,14 @@ class WorkloadMachine:
 
 
 def say(event: str, **facts: Any) -> None:
+    if sys.stdout.isatty():  # hundreds of buckets are for programs
+        facts = {name: _without_buckets(fact) if isinstance(fact, dict) else fact for name, fact in facts.items()}
     sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
     sys.stdout.flush()
+
+
+def _without_buckets(figures: dict[str, Any]) -> dict[str, Any]:
+    return {name: figure for name, figure in figures.items() if name != "buckets"}
 
 
 def run(options: WorkloadOptions) -> None:
@@ -148,8 +155,10 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
             machine.workload.prepare(options.config.threads)
         else:
             machine.start()
+        attached = False
         while agent.role is not GuestRole.DEPARTED:
-            _attach(agent, options.socket_path)
+            _attach(agent, options.socket_path, again=attached)
+            attached = True
             say("waiting" if agent.role is GuestRole.WAITING else "started")
             agent.run()
             if agent.undecided:
@@ -162,14 +171,19 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
         memory.close()
 
 
-def _attach(agent: Agent, socket_path: Path) -> None:
-    """Try until the daemon is there: it may be starting, or starting again."""
+def _attach(agent: Agent, socket_path: Path, *, again: bool) -> None:
+    """Try until the daemon is there: it may be starting, or starting again. ``again``: this guest has been attached before, so
+    no refusal ends it either. Raises PostcopyError, ProtocolError, OSError at the first attachment."""
+    told = ""
     for attempt in range(1_000_000):
         try:
             agent.attach(socket_path)
             return
-        except (ConnectionError, FileNotFoundError) as error:
-            if attempt == 0:
-                log.warning("no daemon there yet, trying again", socket=str(socket_path), reason=str(error))
+        except (OSError, PostcopyError, ProtocolError) as error:
+            if not again and not isinstance(error, ConnectionError | FileNotFoundError):
+                raise
+            if told != str(error):
+                told = str(error)
+                log.warning("not attached yet, trying again", guest=agent.guest_id, socket=str(socket_path), reason=told)
             time.sleep(RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)])
     raise PostcopyError(f"daemon at {socket_path}", expected="an answer", got="none")
