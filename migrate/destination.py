@@ -31,6 +31,7 @@ from proto.messages import (
     GuestComplete,
     LatencySummary,
     Offer,
+    PageRange,
     Prepare,
     Prepared,
     Progress,
@@ -119,10 +120,12 @@ class DestinationMigration(Migration):
         self.log = self.log.bind(guest=offer.guest_id)
         guest = self._take_guest(offer)
         guest.state = GuestState.ARRIVING
-        guest.on_stepped, guest.on_failed = self._stepped, self._control.fail
+        guest.on_stepped, guest.on_failed, guest.on_discard = self._stepped, self._control.fail, self._discarded
         self.guest = guest
         self._precopy = offer.precopy
         self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
+        if guest.hello is not None and guest.hello.remove_means == "zero":
+            self._plane.removed_is_zero()
         self._plane.poll(self._poll_ns)
         await self._empty(self._plane)
         await self._make_room(offer)
@@ -326,6 +329,7 @@ class DestinationMigration(Migration):
         if result.reason != "finished":
             raise result.error()
         self.guest.became_running()
+        self.guest.on_discard = None
         self.guest.send(GuestComplete())
         self._summarize()
         self.advance(Event.COMPLETE)
@@ -355,6 +359,14 @@ class DestinationMigration(Migration):
             self.downtime_ns = first_step_ns - (self._last_step_ns + self._clock_offset_ns)
         if self.state is State.POSTCOPY:
             self._control.send(self._progress())
+
+    def _discarded(self, pages: PageRange) -> None:
+        """Of a guest that has been resumed here: zero, wherever they are by now. Before that what it holds is nobody's."""
+        if self.state not in (State.SWITCHOVER, State.POSTCOPY) or self._plane is None:
+            raise ProtocolError("message-unexpected", "discard", expected="none of a guest that waits", got="one")
+        result = self._plane.discard(pages.region, pages.page_index, pages.page_count)
+        if result.reason != "finished":
+            raise result.error()
 
     def guest_gone(self) -> None:
         if self.state is State.STALLED and self.guest is not None:
@@ -395,7 +407,7 @@ class DestinationMigration(Migration):
                 self.advance(Event.FAILURE)
             self._control.refuse(error)
         if self.guest is not None:
-            self.guest.on_stepped = self.guest.on_failed = None
+            self.guest.on_stepped = self.guest.on_failed = self.guest.on_discard = None
         self.log.warning("migration did not happen", reason=str(error), peer=self.peer)
         return error
 
@@ -470,7 +482,8 @@ class DestinationMigration(Migration):
     def pages_by_path(self) -> dict[str, int]:
         figures = self.figures()
         by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "bulk", "zero")}
-        return {**by_path, "precopy": figures.get("pages_kept", 0)}
+        discarded = {"discarded": figures["pages_removed"]} if figures.get("pages_removed") else {}
+        return {**by_path, "precopy": figures.get("pages_kept", 0), **discarded}
 
     def precopy_info(self) -> PrecopyInfo | None:
         if not self._precopy:

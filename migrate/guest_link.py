@@ -11,7 +11,7 @@ from typing import TypeVar, cast
 
 import structlog
 
-from migrate import __version__, uffd
+from migrate import __version__, dataplane, uffd
 from migrate.dataplane import MemoryRegion
 from migrate.errors import DeadlineError, GuestBusyError, GuestGoneError, GuestRefusedError, PostcopyError
 from migrate.region import check_regions, shape_of
@@ -19,11 +19,14 @@ from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
 from proto.messages import (
     REGIONS_MAX,
+    Discard,
+    Discarded,
     GuestFailed,
     GuestPrepare,
     GuestPrepared,
     Hello,
     Message,
+    PageRange,
     Refused,
     Stepped,
     Track,
@@ -74,6 +77,7 @@ class GuestLink:
         self.failure: str | None = None
         self.on_stepped: Callable[[int], None] | None = None
         self.on_failed: Callable[[PostcopyError], None] | None = None
+        self.on_discard: Callable[[PageRange], None] | None = None
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         self.pid, _, _ = struct.unpack("3i", credentials)
         self._loop.add_reader(sock, self._readable)
@@ -203,6 +207,8 @@ class GuestLink:
             if self.on_stepped:
                 on_stepped, self.on_stepped = self.on_stepped, None  # told once a resume
                 on_stepped(message.first_step_ns)
+        elif isinstance(message, Discard):
+            self._discard(message)
         elif isinstance(message, GuestFailed):
             self.failure = message.reason
             log.error("guest failed", guest=self.guest_id, reason=message.reason)
@@ -216,6 +222,24 @@ class GuestLink:
         else:
             expected = " or ".join(kind.__name__ for kind in self._pending[0]) if self._pending else "nothing now"
             raise ProtocolError("message-unexpected", "message of a guest", expected=expected, got=type(message).__name__)
+
+    def _discard(self, message: Discard) -> None:
+        """Answered when it holds. A guest whose migration has stalled gets no answer: nobody can say where its pages are."""
+        for one in message.ranges:
+            region = self.regions[one.region] if one.region < len(self.regions) else None
+            if region is None or one.page_index + one.page_count > region.size_bytes // region.page_bytes:
+                raise ProtocolError("message-invalid", "discard.ranges", expected="pages of its regions", got=one.model_dump())
+        if self.state is GuestState.LOST:
+            return
+        if self.state is GuestState.WAITING:
+            raise ProtocolError("message-unexpected", "discard", expected="none of a guest that waits", got="one")
+        for one in message.ranges:
+            (self.on_discard or self.punch)(one)
+        self.send(Discarded())
+
+    def punch(self, pages: PageRange) -> None:
+        """Zero they are then, whoever brought them. Raises DataPlaneError."""
+        dataplane.discard(self.regions[pages.region], pages.page_index, pages.page_count)
 
     def _greet(self, hello: Hello) -> None:
         """Check what came with hello, descriptor by descriptor; only then is the guest known."""
@@ -232,7 +256,7 @@ class GuestLink:
             self.regions = check_regions(hello.regions, self._descriptors[: hello.memory_files])
             if waiting:
                 self.userfaultfd = self._descriptors[-1]
-                self._check_userfaultfd()
+                self._check_userfaultfd(hello)
         except OSError as error:
             raise GuestRefusedError("descriptors passed with hello", expected="usable ones", got=error) from error
         self.state = GuestState.WAITING if waiting else GuestState.RUNNING
@@ -240,13 +264,14 @@ class GuestLink:
         self._on_hello(self)
         self.send(Welcome(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR, software=f"postcopy {__version__}"))
 
-    def _check_userfaultfd(self) -> None:
+    def _check_userfaultfd(self, hello: Hello) -> None:
         """Registering again is free where the range is MISSING|MINOR already, and says no where it cannot be (P3)."""
         userfaultfd = uffd.Userfaultfd.borrow(self.userfaultfd)
-        if unexpected := userfaultfd.features.without(uffd.FEATURES_ALLOWED):
+        events = uffd.Feature.EVENT_REMOVE if hello.remove_means else uffd.Feature(0)
+        if unexpected := userfaultfd.features.without(uffd.FEATURES_ALLOWED | events):
             raise GuestRefusedError(
                 "userfaultfd features",
-                expected="missing and minor faults, no events",
+                expected=f"missing and minor faults, no events{' but REMOVE' if events else ' where hello has no remove_means'}",
                 got=f"{unexpected:#x} besides",
                 code="userfaultfd-refused",
             )

@@ -91,7 +91,9 @@ class MigrationStatus(BaseModel):
     pages_done: Annotated[
         int, Field(description="Source: sent. Destination: final in the guest's memory; during precopy held there.")
     ]
-    pages: Annotated[dict[str, int], Field(description="By the path that they took: urgent, bulk, zero, precopy.")]
+    pages: Annotated[
+        dict[str, int], Field(description="By their path: urgent, bulk, zero, precopy; and discarded, which took none.")
+    ]
     bytes_moved: int
     faults_count: int
     faults: Annotated[dict[str, FaultLatency], Field(description="By kind, once it is complete.")]

@@ -40,6 +40,7 @@ from proto.messages import (
     Message,
     Offer,
     OfferedRegion,
+    PageRange,
     Pause,
     Paused,
     PauseFailed,
@@ -126,7 +127,7 @@ class SourceMigration(Migration):
             self.end(error)
 
     async def _connect(self) -> None:
-        self.guest.on_failed = self._guest_failed
+        self.guest.on_failed, self.guest.on_discard = self._guest_failed, self._discarded
         self.advance(Event.CONNECT)
         self._plane = SourcePlane(self.guest.regions)
         self._plane.poll(self._poll_ns)
@@ -372,6 +373,14 @@ class SourceMigration(Migration):
         if self._control is not None and self.state in CANCELLABLE:
             self._control.fail(error)
 
+    def _discarded(self, pages: PageRange) -> None:
+        """Punched, then marked: what has been sent of them is stale, and no scan finds that."""
+        if self.state not in CANCELLABLE and self.state is not State.PAUSING:
+            raise ProtocolError("message-unexpected", "discard", expected="none of a guest that is paused", got="one")
+        self.guest.punch(pages)
+        if self._plane is not None:
+            self._plane.discarded(pages.region, pages.page_index, pages.page_count)
+
     def _cancelled(self) -> PostcopyError:
         reason = self._cancel_reason or "the daemon is ending"
         if self.state not in CANCELLABLE:  # the daemon ends at once (second SIGTERM) in the middle of a switchover or later
@@ -405,7 +414,7 @@ class SourceMigration(Migration):
         self._paused = False
         self._stop_loops()  # before the pagemap is closed
         self.guest.untrack()
-        self.guest.on_failed = None
+        self.guest.on_failed = self.guest.on_discard = None
         self.guest.state = GuestState.RUNNING
 
     def _stop_loops(self) -> None:

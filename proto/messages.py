@@ -16,6 +16,8 @@ MESSAGE_BYTES_MAX = 1 << 20
 STATE_BYTES_MAX = 768 << 10
 REGIONS_MAX = 64
 PAGE_BYTES = (4096, 2 << 20, 1 << 30)
+DISCARD_RANGES_MAX = 256
+DISCARD_PAGES_MAX = 4096
 
 MonotonicNs = Annotated[int, Field(ge=0, lt=1 << 63)]
 SizeBytes = Annotated[int, Field(gt=0, le=1 << 50)]
@@ -244,6 +246,7 @@ class Hello(Message):
     memory_files: Annotated[int, Field(ge=1, le=REGIONS_MAX)]
     offers: Annotated[list[Name], Field(max_length=32)] = []
     declares: Annotated[list[Name], Field(max_length=32)] = []
+    remove_means: Literal["zero", "keep"] | None = None
 
     @model_validator(mode="after")
     def _files_named(self) -> Self:
@@ -338,6 +341,34 @@ class Stepped(Message):
     first_step_ns: MonotonicNs
 
 
+class PageRange(Message):
+    """Pages of one region of the guest."""
+
+    region: Annotated[int, Field(ge=0, lt=REGIONS_MAX)]
+    page_index: Count
+    page_count: Annotated[int, Field(ge=1, le=DISCARD_PAGES_MAX)]
+
+
+class Discard(Message):
+    """agent -> daemon: these pages are to be zero, and left alone by the guest until ``discarded``."""
+
+    type: Literal["discard"] = "discard"
+    ranges: Annotated[list[PageRange], Field(min_length=1, max_length=DISCARD_RANGES_MAX)]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        """What a daemon does at once, between two other messages."""
+        if (pages := sum(one.page_count for one in self.ranges)) > DISCARD_PAGES_MAX:
+            raise ValueError(f"at most {DISCARD_PAGES_MAX} pages in all, not {pages}")
+        return self
+
+
+class Discarded(Message):
+    """daemon -> agent, to each ``discard`` in turn: it holds, whatever becomes of the migration."""
+
+    type: Literal["discarded"] = "discarded"
+
+
 class GuestComplete(Message):
     """daemon -> agent: all memory is here and unregistered; the userfaultfd may be closed; the guest is `running` now."""
 
@@ -359,7 +390,7 @@ class GuestFailed(Message):
 
 GuestMessage = Annotated[
     Hello | Welcome | Refused | GuestPrepare | GuestPrepared | Track | Tracking | TrackFailed | Untrack | Pause | Paused
-    | PauseFailed | Resume | ResumeFailed | Running | Stepped | GuestComplete | GuestReleased | GuestFailed,
+    | PauseFailed | Resume | ResumeFailed | Running | Stepped | Discard | Discarded | GuestComplete | GuestReleased | GuestFailed,
     Field(discriminator="type"),
 ]  # fmt: skip
 

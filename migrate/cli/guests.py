@@ -29,6 +29,12 @@ def workload(
     pattern: Annotated[str, typer.Option(help="sequential, random, zipf, chase or permute.")] = "random",
     write_ratio: RatioOption = 0.25,
     zero_ratio: RatioOption = 0.0,
+    discard_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Steps that discard their page by MADV_REMOVE; not of hugetlb memory.")
+    ] = 0.0,
+    discard_by: Annotated[
+        str, typer.Option(help="How the destination learns of discards: `event` of the userfaultfd, or `message` to the daemon.")
+    ] = "event",
     rate: Annotated[int, typer.Option(min=0, help="Steps a second of all threads; 0: flat out.")] = 0,
     seed: Annotated[int, typer.Option(min=0)] = 1,
 ) -> None:
@@ -41,11 +47,17 @@ def workload(
 
     if pattern.upper() not in Pattern.__members__:
         raise PostcopyError("pattern", expected=", ".join(p.name.lower() for p in Pattern), got=pattern, code="usage")
+    if discard_by not in ("event", "message"):
+        raise PostcopyError("discard-by", expected="event or message", got=discard_by, code="usage")
+    specs = [MemorySpec.parse(text) for text in memory]
+    if discard_ratio > 0 and any(spec.kind == "hugetlb" for spec in specs):
+        raise PostcopyError("discard-ratio", expected="memory of 4096-byte pages", got="hugetlb", code="usage")
     config = WorkloadConfig(
         threads=threads,
         pattern=Pattern[pattern.upper()],
         write_per_mille=round(write_ratio * 1000),
         zero_per_mille=round(zero_ratio * 1000),
+        discard_per_mille=round(discard_ratio * 1000),
         rate_per_second=rate,
         seed=seed,
     )
@@ -53,10 +65,11 @@ def workload(
         WorkloadOptions(
             guest_id=guest_id,
             socket_path=runtime_dir_of(daemon) / GUEST_SOCKET,
-            memory=[MemorySpec.parse(text) for text in memory],
+            memory=specs,
             waiting=waiting,
             stay=stay,
             verify=verify,
+            discard_by_event=discard_by == "event",
             config=config,
         )
     )

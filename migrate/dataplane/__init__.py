@@ -128,6 +128,12 @@ class Histogram:
         return list(cumulative)
 
 
+def discard(region: MemoryRegion, page_index: int, page_count: int) -> None:
+    """Pages of guest memory, whoever has it, become holes that read zero. Raises DataPlaneError ``memory-failed``."""
+    if error_number := lib.memory_discard(_regions([region]), page_index, page_count):
+        raise DataPlaneError("discard", expected="a hole in the memory file", got=errno_text(error_number), code="memory-failed")
+
+
 def prefer_latency() -> None:
     """This thread answers others: ask the scheduler for short slices (schedule.c)."""
     lib.schedule_soon()
@@ -191,6 +197,14 @@ class DestinationPlane(_Plane):
     def poll(self, poll_ns: int) -> None:
         """Before the loops begin: how long the fault loop looks for work before it sleeps, at most."""
         lib.destination_poll(self._pointer, poll_ns)
+
+    def removed_is_zero(self) -> None:
+        """Before the loops begin: the guest's REMOVE events make pages zero that are not here yet."""
+        lib.destination_removed_is_zero(self._pointer)
+
+    def discard(self, region: int, page_index: int, page_count: int) -> LoopResult:
+        """The guest, resumed here, has discarded these pages and leaves them alone meanwhile: they are zero when this returns."""
+        return self._run("discard", lib.destination_discard, region, page_index, page_count)
 
     def fault_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("fault", lib.fault_loop, urgent_socket)
@@ -275,6 +289,10 @@ class SourcePlane(_Plane):
     def precopy_end(self, bulk_socket: int) -> LoopResult:
         """The mark: no precopied page follows."""
         return self._run("precopy", lib.precopy_end, bulk_socket)
+
+    def discarded(self, region: int, page_index: int, page_count: int) -> None:
+        """These pages are holes by now: what has been sent of them is stale."""
+        lib.source_discarded(self._pointer, region, page_index, page_count)
 
     def serve_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("serve", lib.serve_loop, urgent_socket)

@@ -51,6 +51,9 @@ struct loop_result {
     char where[32]; /* the call that failed */
 };
 
+/* Pages of a region of guest memory, whoever has it: gone from its file, they read as zeroes. 0 or an errno. */
+int memory_discard(const struct memory_region *region, uint64_t page_index, uint64_t page_count);
+
 enum fault_kind {
     FAULT_REMOTE = 0, /* the source had to be asked */
     FAULT_LOCAL = 1,  /* the content was here */
@@ -71,7 +74,9 @@ enum fault_kind {
     X(pages_stale) X(pages_kept)    /* of these, found stale, and found final with content */ \
     X(faults_held)                  /* remote, on a page held before the stale set had spoken */ \
     X(settled_ns)                   /* CLOCK_MONOTONIC: the stale set has been applied */ \
-    X(pages_final)                  /* present, mapped or zero */           \
+    X(pages_removed)                /* discarded by the guest before they had come */ \
+    X(removes)                      /* REMOVE events read */                \
+    X(pages_final)                  /* present, mapped, zero or removed */  \
     X(requests_sent) X(requests_outstanding)                                \
     X(wakes)                        /* EEXIST: mapped already, woken */     \
     X(polled_ns)                    /* the fault loop looked instead of sleeping */ \
@@ -102,6 +107,13 @@ void receive_loop(struct destination *destination, int bulk_socket, bool precopy
 int destination_marked_fd(const struct destination *destination);
 /* The guest has been resumed here: what comes by bulk from now on is final. */
 void destination_open(struct destination *destination);
+/* Before the loops begin: a REMOVE event (MADV_REMOVE) makes pages that are not here yet zero. Without this it means nothing
+ * (MADV_DONTNEED of shared memory, which raises the same event, keeps the data): events are only read. */
+void destination_removed_is_zero(struct destination *destination);
+/* The guest has discarded these pages and leaves them alone until this has returned: they are zero from then on, whether they are
+ * here, on their way or still at the source. At any time once it has been resumed here. LOOP_FINISHED, or what is wrong. */
+void destination_discard(struct destination *destination, uint32_t region, uint64_t page_index, uint64_t page_count,
+                         struct loop_result *result);
 /* While no loop runs, before a migration and after one that came to nothing: no byte is in the waiting memory, nothing of it is
  * mapped, and who waited for a page of it faults anew. LOOP_FINISHED, or what is wrong. */
 void destination_clean(struct destination *destination, struct loop_result *result);
@@ -164,6 +176,9 @@ void precopy_send(struct source *source, int bulk_socket, struct loop_result *re
 void precopy_count(struct source *source, struct loop_result *result);
 void precopy_collect(struct source *source, struct loop_result *result);
 void precopy_end(struct source *source, int bulk_socket, struct loop_result *result);
+
+/* The guest has discarded these pages: a hole in the file. Scans are blind to that, so whatever has been sent of them is stale. */
+void source_discarded(struct source *source, uint32_t region, uint64_t page_index, uint64_t page_count);
 
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result);
 void stream_loop(struct source *source, int bulk_socket, struct loop_result *result);

@@ -16,6 +16,7 @@
 #include "result.h"
 
 #define RUN_BYTES (256u << 10)
+#define FINISH_TURNS 10000 /* milliseconds each at most: a guest must not hold its daemon's thread for ever */
 
 struct destination *destination_create(const struct memory_region *regions, uint32_t region_count, int userfaultfd, int *error_number)
 {
@@ -120,6 +121,13 @@ static bool note_copy(struct destination *destination, const struct region *regi
     return false;
 }
 
+/* Not now: the guest's own thread has to go on first. Whoever waits comes back with another fault, behind the events. */
+static bool wake_again(const struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    resolve_wake(destination->userfaultfd, region, page_index, page_count);
+    return true;
+}
+
 static bool resolution_failed(const struct resolution *resolution, const char *where, struct loop_result *result)
 {
     if (resolution->outcome == RESOLVE_GONE)
@@ -130,10 +138,13 @@ static bool resolution_failed(const struct resolution *resolution, const char *w
 bool destination_map_zero(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result)
 {
     struct resolution resolution = resolve_zero(destination->userfaultfd, region, page_index);
+    if (resolution.outcome == RESOLVE_CHANGING)
+        return wake_again(destination, region, page_index, 1);
     if (resolution.outcome != RESOLVE_MAPPED && resolution.outcome != RESOLVE_ALREADY)
         return resolution_failed(&resolution, "zero page", result);
     count(&destination->wakes, resolution.wakes);
     page_mapped(&destination->state[region->first_page + page_index], PAGE_ZERO);
+    page_mapped(&destination->state[region->first_page + page_index], PAGE_REMOVED);
     return true;
 }
 
@@ -149,15 +160,41 @@ bool destination_map_present(struct destination *destination, const struct regio
         page_count -= resolution.pages_done;
         if (page_count == 0)
             return true;
+        if (resolution.outcome == RESOLVE_CHANGING)
+            return wake_again(destination, region, page_index, page_count);
         if (resolution.outcome != RESOLVE_HOLE)
             return resolution_failed(&resolution, "UFFDIO_CONTINUE", result);
-        /* A hole where content was placed: the guest has punched it since; what it then reads is zero. */
+        /* A hole where content was placed: the guest has discarded it since; what it then reads is zero. */
         resolution = resolve_zero(destination->userfaultfd, region, page_index);
+        if (resolution.outcome == RESOLVE_CHANGING)
+            return wake_again(destination, region, page_index, page_count);
         if (resolution.outcome != RESOLVE_MAPPED && resolution.outcome != RESOLVE_ALREADY)
             return resolution_failed(&resolution, "zero page", result);
         page_mapped(&destination->state[region->first_page + page_index], PAGE_PRESENT);
         page_index++;
         page_count--;
+    }
+    return true;
+}
+
+/* Of a run that was claimed: what is present is mapped, in runs; what was discarded meanwhile is cleared, and still ours until it is left. */
+static bool map_or_remove(struct destination *destination, const struct region *region, uint64_t first, uint64_t page_count, uint64_t present,
+                          struct loop_result *result)
+{
+    for (uint64_t i = 0, run_pages; i < page_count; i += run_pages) {
+        run_pages = 1;
+        if (present >> i & 1) {
+            while (i + run_pages < page_count && (present >> (i + run_pages) & 1))
+                run_pages++;
+            if (!destination_map_present(destination, region, first + i, run_pages, result))
+                return false;
+            continue;
+        }
+        int error_number = place_hole(region, first + i, 1);
+        if (error_number != 0)
+            return result_fail(result, LOOP_MEMORY_FAILED, error_number, "clear");
+        if (!destination_leave_removed(destination, region, first + i, result))
+            return false;
     }
     return true;
 }
@@ -173,15 +210,20 @@ static bool place_claimed(struct destination *destination, const struct region *
             page_leave_receiving(&state[i], PAGE_ABSENT);
         return result_fail(result, LOOP_MEMORY_FAILED, error_number, "place");
     }
-    uint64_t wanted = 0; /* bit i: a fault waits for page first + i; a run has at most 64 pages */
-    for (uint64_t i = 0; i < page_count; i++)
-        wanted |= (uint64_t)page_leave_receiving(&state[first + i], PAGE_PRESENT) << i;
-    if (!destination_map_present(destination, region, first, page_count, result))
+    events_applied(destination);
+    uint64_t wanted = 0, present = 0; /* bit i: page first + i; a run has at most 64 pages */
+    for (uint64_t i = 0; i < page_count; i++) {
+        bool waits = false;
+        present |= (uint64_t)page_publish(&state[first + i], &waits) << i;
+        wanted |= (uint64_t)waits << i;
+    }
+    if (!map_or_remove(destination, region, first, page_count, present, result))
         return false;
     for (; wanted != 0; wanted &= wanted - 1)
         destination_end_wait(destination, region->first_page + first + (uint64_t)__builtin_ctzll(wanted), FAULT_REMOTE);
-    count(path == PATH_URGENT ? &destination->pages_urgent : &destination->pages_bulk, page_count);
-    destination_became_final(destination, page_count);
+    uint64_t placed = (uint64_t)__builtin_popcountll(present);
+    count(path == PATH_URGENT ? &destination->pages_urgent : &destination->pages_bulk, placed);
+    destination_became_final(destination, placed);
     return true;
 }
 
@@ -262,7 +304,20 @@ bool destination_take_zeroes(struct destination *destination, const struct regio
 
 static bool is_final(uint8_t state)
 {
-    return state == PAGE_PRESENT || state == PAGE_MAPPED || state == PAGE_ZERO;
+    return state == PAGE_PRESENT || state == PAGE_MAPPED || state == PAGE_ZERO || state == PAGE_REMOVED;
+}
+
+/* The fault loop has ended: events that keep the page from being mapped are read here. All is final, so they change nothing. */
+static bool map_at_last(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result)
+{
+    for (uint32_t turn = 0; turn < FINISH_TURNS; turn++) {
+        if (!destination_map_present(destination, region, page_index, 1, result))
+            return false;
+        if (page_load(&destination->state[region->first_page + page_index]) != PAGE_PRESENT)
+            return true;
+        events_drain(destination);
+    }
+    return result_fail(result, LOOP_USERFAULTFD_FAILED, EAGAIN, "UFFDIO_CONTINUE");
 }
 
 void destination_finish(struct destination *destination, struct loop_result *result)
@@ -279,7 +334,7 @@ void destination_finish(struct destination *destination, struct loop_result *res
                 result->got = state;
                 return;
             }
-            if (state == PAGE_PRESENT && !destination_map_present(destination, region, i, 1, result))
+            if (state == PAGE_PRESENT && !map_at_last(destination, region, i, result))
                 return;
         }
     }
@@ -291,6 +346,7 @@ void destination_finish(struct destination *destination, struct loop_result *res
             return;
         }
     }
+    events_drain(destination); /* whose discards wait to be read: nobody else will */
     result->reason = LOOP_FINISHED;
 }
 

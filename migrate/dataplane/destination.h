@@ -2,6 +2,8 @@
 #ifndef POSTCOPY_DESTINATION_H
 #define POSTCOPY_DESTINATION_H
 
+#include <sys/types.h>
+
 #include "memory.h"
 #include "pages.h"
 #include "place.h"
@@ -24,6 +26,8 @@ struct destination {
     _Atomic uint8_t *copies;
     _Atomic uint64_t map_steer; /* flat page of the last local fault: where to map ahead next; STEER_NONE */
     uint64_t judged_final; /* by the stale set; only the bulk loop that takes it */
+    bool removed_is_zero;  /* what a REMOVE event means for pages not here yet; else nothing */
+    _Atomic uint32_t events_turn; /* odd: events have been read, or are being read, and are not all applied (discard.c) */
     struct waiting waiting;
     struct histogram latency[FAULT_KINDS];
 #define X(name) _Atomic uint64_t name;
@@ -37,13 +41,28 @@ bool destination_take_pages(struct destination *destination, const struct region
 bool destination_take_zeroes(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
                              enum page_path path, struct loop_result *result);
 
-/* Map pages that are PRESENT (or the ZERO page at page_index) and let their faults run on. */
+/* Map pages that are PRESENT (or the ZERO or REMOVED page at page_index) and let their faults run on. While the address space is
+ * changing nothing can be mapped: who waits is woken and faults anew. */
 bool destination_map_present(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
                              struct loop_result *result);
 bool destination_map_zero(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result);
 
 /* What the file holds of an earlier copy of these pages goes: they read as zeroes then. They are claimed, or nobody's. 0 or an errno. */
 int destination_clear_old(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count);
+/* Pages of a REMOVE event (already a hole, or about to be one). */
+bool destination_remove(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                        struct loop_result *result);
+/* Leave a page that is claimed as REMOVED. */
+bool destination_leave_removed(struct destination *destination, const struct region *region, uint64_t page_index,
+                               struct loop_result *result);
+/* Around reading events, on the one thread that does, and before a claim is left whose bytes are in place (discard.c). */
+void events_begin(struct destination *destination);
+void events_end(struct destination *destination);
+void events_applied(struct destination *destination);
+/* What is there of faults and events, without waiting for any: read(2)'s answer. */
+ssize_t events_read(const struct destination *destination, void *messages, size_t size_bytes);
+/* When no loop reads them any more: read what is there and forget it. */
+void events_drain(struct destination *destination);
 /* So many pages more need nothing of the source. */
 void destination_became_final(struct destination *destination, uint64_t page_count);
 

@@ -5,11 +5,9 @@
  * buffer of request frames; beyond that it stays REQUESTED in the state bytes, which are searched when there is room again.
  * Faults are read first whatever the network does.
  *
- * Not handled: events other than page faults (the agent asks for none), discards. */
+ * A guest may ask for REMOVE events besides: they are applied as they are read, before anything else is done (discard.c). */
 #include <errno.h>
 #include <poll.h>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #include "inbox.h"
 #include "../uffd/kernel.h"
@@ -134,6 +132,7 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
         count(&destination->faults_remote, 1); /* on its way: whoever receives it resolves the fault */
         return true;
     case PAGE_ZERO:
+    case PAGE_REMOVED:
         count(&destination->faults_zero, 1);
         if (!destination_map_zero(destination, region, page_index, result))
             return false;
@@ -152,23 +151,54 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
     }
 }
 
-static bool read_faults(struct fault_context *context, struct loop_result *result)
+/* The madvise(2) that raised it goes on as soon as it has been read, and pages of which only a part is discarded stay what they are. */
+static bool handle_remove(struct fault_context *context, uint64_t start, uint64_t end, struct loop_result *result)
+{
+    struct destination *destination = context->destination;
+    count(&destination->removes, 1);
+    for (uint32_t r = 0; destination->removed_is_zero && r < destination->memory.region_count; r++) {
+        const struct region *region = &destination->memory.regions[r];
+        uint64_t base = region->memory.guest_address, page_bytes = region->memory.page_bytes;
+        uint64_t from = start > base ? start - base : 0, to = end > base ? end - base : 0;
+        uint64_t first = (from + page_bytes - 1) / page_bytes, last = to / page_bytes;
+        if (last > region->page_count)
+            last = region->page_count;
+        if (first < last && !destination_remove(destination, region, first, last - first, result))
+            return false;
+    }
+    return true;
+}
+
+static bool handle_message(struct fault_context *context, const struct uffd_msg *message, uint64_t now_ns, struct loop_result *result)
+{
+    if (message->event == UFFD_EVENT_PAGEFAULT)
+        return handle_fault(context, message->arg.pagefault.address, now_ns, result);
+    if (message->event == UFFD_EVENT_REMOVE)
+        return handle_remove(context, message->arg.remove.start, message->arg.remove.end, result);
+    return true;
+}
+
+static bool read_messages(struct fault_context *context, struct loop_result *result)
 {
     struct uffd_msg message[EVENTS_PER_READ];
-    /* Not read(2): the guest can clear O_NONBLOCK on the descriptor that it shares, and take the event itself. */
-    struct iovec into = {message, sizeof(message)};
-    ssize_t read_bytes = preadv2(context->destination->userfaultfd, &into, 1, -1, RWF_NOWAIT);
-    if (read_bytes < 0 && errno == EOPNOTSUPP) /* before Linux 6.10 */
-        read_bytes = read(context->destination->userfaultfd, message, sizeof(message));
+    ssize_t read_bytes = events_read(context->destination, message, sizeof(message));
     if (read_bytes < 0)
         return errno == EAGAIN || errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "read userfaultfd");
     if (read_bytes == 0)
         return result_fail(result, LOOP_GUEST_GONE, 0, "read userfaultfd");
     uint64_t now_ns = clock_monotonic_ns();
     for (size_t i = 0; i < (size_t)read_bytes / sizeof(message[0]); i++)
-        if (message[i].event == UFFD_EVENT_PAGEFAULT && !handle_fault(context, message[i].arg.pagefault.address, now_ns, result))
+        if (!handle_message(context, &message[i], now_ns, result))
             return false;
     return true;
+}
+
+static bool read_events(struct fault_context *context, struct loop_result *result)
+{
+    events_begin(context->destination);
+    bool good = read_messages(context, result);
+    events_end(context->destination);
+    return good;
 }
 
 static bool fault_round(struct fault_context *context, struct loop_result *result)
@@ -188,7 +218,7 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         return result_fail(result, LOOP_USERFAULTFD_FAILED, EBADFD, "poll userfaultfd");
     if ((polled[0].revents & POLLHUP) && !(polled[0].revents & POLLIN))
         return result_fail(result, LOOP_GUEST_GONE, 0, "poll userfaultfd");
-    if ((polled[0].revents & POLLIN) && !read_faults(context, result))
+    if ((polled[0].revents & POLLIN) && !read_events(context, result))
         return false;
     if (!send_requests(context, result))
         return false;

@@ -3,10 +3,12 @@
  *   ABSENT -> REQUESTED -> RECEIVING -> PRESENT -> MAPPED        RECEIVING -> ZERO -> MAPPED (touched)
  *   precopy: ABSENT | HELD | HELD_ZERO -> RECEIVING -> HELD | HELD_ZERO
  *   stale set: HELD -> PRESENT or ABSENT, HELD_ZERO -> ZERO or ABSENT       a fault before it: HELD | HELD_ZERO -> REQUESTED
+ *   discard: ABSENT | REQUESTED | HELD | HELD_ZERO -> RECEIVING -> REMOVED -> MAPPED (touched)      RECEIVING (another's) -> REMOVED
  *
  * Every change is a compare-and-swap or an exchange, never a plain store. RECEIVING is a claim: only who made that
- * change writes the page (P1), and PRESENT, MAPPED, ZERO refuse every write. The WANTED bit says that a fault waits;
- * whoever leaves RECEIVING and finds it set resolves the page at once. */
+ * change writes the page (P1), and PRESENT, MAPPED, ZERO, REMOVED refuse every write. The WANTED bit says that a fault waits;
+ * whoever leaves RECEIVING and finds it set resolves the page at once. The DISCARDED bit goes with RECEIVING alone: what is being
+ * brought into place is worthless by now, and whoever brings it leaves a zero page instead. */
 #ifndef POSTCOPY_PAGES_H
 #define POSTCOPY_PAGES_H
 
@@ -23,10 +25,11 @@ enum page_state {
     PAGE_HELD = 5,      /* precopied, not known final: never mapped (P2) */
     PAGE_HELD_ZERO = 6, /* the same of a zero page: a hole */
     PAGE_ZERO = 7,
-    PAGE_REMOVED = 8, /* reserved: discarded by the guest */
+    PAGE_REMOVED = 8, /* discarded by the guest before it had come: a hole, never fetched */
     PAGE_LOST = 9,    /* reserved: poisoned */
 };
 #define PAGE_WANTED 0x80u
+#define PAGE_DISCARDED 0x40u
 #define PAGE_STATE(byte) ((byte) & 0x0fu)
 
 typedef _Atomic uint8_t page_byte;
@@ -71,14 +74,42 @@ static inline enum page_state page_judge(page_byte *page, bool stale)
     return PAGE_HELD;
 }
 
-/* Leave RECEIVING: to PRESENT or ZERO (precopy: HELD or HELD_ZERO) once the content is in place, or back to ABSENT when it could not be placed.
- * Release: the content is visible to whoever reads the state. True: a fault waits for this page. */
+/* The guest has discarded the page. True: it is claimed, to be left as REMOVED. False: it is here, and what the guest did to it is
+ * done; or somebody is receiving it, and will find out. */
+static inline bool page_discard(page_byte *page)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
+    for (;;) {
+        bool receiving = PAGE_STATE(seen) == PAGE_RECEIVING;
+        if (PAGE_STATE(seen) == PAGE_PRESENT || PAGE_STATE(seen) == PAGE_MAPPED || PAGE_STATE(seen) >= PAGE_ZERO)
+            return false;
+        uint8_t next = (uint8_t)(receiving ? seen | PAGE_DISCARDED : PAGE_RECEIVING | (seen & PAGE_WANTED));
+        if (atomic_compare_exchange_weak_explicit(page, &seen, next, memory_order_acq_rel, memory_order_acquire))
+            return !receiving;
+    }
+}
+
+/* Leave RECEIVING for PRESENT once the content is in place. False: it has been discarded meanwhile; it is still claimed, to be
+ * cleared and left as REMOVED. Release: the content is visible to whoever reads the state. *wanted: a fault waits for it. */
+static inline bool page_publish(page_byte *page, bool *wanted)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_relaxed);
+    while (!(seen & PAGE_DISCARDED))
+        if (atomic_compare_exchange_weak_explicit(page, &seen, PAGE_PRESENT, memory_order_acq_rel, memory_order_relaxed)) {
+            *wanted = seen & PAGE_WANTED;
+            return true;
+        }
+    return false;
+}
+
+/* Leave RECEIVING otherwise: to ZERO or REMOVED (precopy: HELD or HELD_ZERO), or back to ABSENT when it could not be placed.
+ * Release, as above. True: a fault waits for this page. */
 static inline bool page_leave_receiving(page_byte *page, enum page_state state)
 {
     return atomic_exchange_explicit(page, (uint8_t)state, memory_order_acq_rel) & PAGE_WANTED;
 }
 
-/* PRESENT or ZERO, after the kernel has mapped it. Anything else is left as it is. */
+/* PRESENT, ZERO or REMOVED, after the kernel has mapped it. Anything else is left as it is. */
 static inline void page_mapped(page_byte *page, enum page_state from)
 {
     uint8_t seen = (uint8_t)from;
@@ -94,7 +125,7 @@ static inline uint8_t page_want(page_byte *page)
         uint8_t next;
         if (seen == PAGE_ABSENT || seen == PAGE_HELD || seen == PAGE_HELD_ZERO)
             next = PAGE_REQUESTED | PAGE_WANTED;
-        else if (seen == PAGE_REQUESTED || seen == PAGE_RECEIVING)
+        else if (!(seen & PAGE_WANTED) && (PAGE_STATE(seen) == PAGE_REQUESTED || PAGE_STATE(seen) == PAGE_RECEIVING))
             next = (uint8_t)(seen | PAGE_WANTED);
         else
             return seen;

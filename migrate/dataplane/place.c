@@ -76,11 +76,20 @@ static int clear_hugetlb(const struct region *region, uint64_t page_index, uint6
     return 0;
 }
 
+int place_hole(const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    return allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page_index, page_count);
+}
+
 int place_zeroes(const struct region *region, uint64_t page_index, uint64_t page_count)
 {
-    if (region->is_hugetlb)
-        return clear_hugetlb(region, page_index, page_count);
-    return allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page_index, page_count);
+    return region->is_hugetlb ? clear_hugetlb(region, page_index, page_count) : place_hole(region, page_index, page_count);
+}
+
+int memory_discard(const struct memory_region *region, uint64_t page_index, uint64_t page_count)
+{
+    struct region discarded = {.memory = *region};
+    return place_hole(&discarded, page_index, page_count);
 }
 
 /* Is there a page? hugetlbfs has no SEEK_DATA: there any page of the file counts. */
@@ -99,7 +108,7 @@ int place_nothing(const struct region *region)
 {
     if (!holds_something(region))
         return 0;
-    int error_number = allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, region->page_count);
+    int error_number = place_hole(region, 0, region->page_count);
     if (error_number == 0 && region->is_hugetlb)
         place_reserve(region); /* what the punch gave back; where another has it already, the next migration says so (room.c) */
     return error_number;

@@ -10,6 +10,8 @@ enum page_path { PATH_URGENT = 0, PATH_BULK = 1 };
 int place_pages(const struct region *region, uint64_t page_index, uint64_t page_count, const void *bytes, enum page_path path);
 /* What is there goes, and reads as zeroes: a hole, or on hugetlbfs cleared pages. 0 or an errno. */
 int place_zeroes(const struct region *region, uint64_t page_index, uint64_t page_count);
+/* The same, and the memory goes back to the system, on hugetlbfs with its reservation: the guest has given it up. 0 or an errno. */
+int place_hole(const struct region *region, uint64_t page_index, uint64_t page_count);
 /* The whole region is empty afterwards, whatever was there, and nothing of it mapped anywhere. 0 or an errno. */
 int place_nothing(const struct region *region);
 /* hugetlbfs. Reserve for the file what the region lacks, all or nothing; then take these pages, cleared, whoever else wants some. 0 or an

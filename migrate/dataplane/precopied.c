@@ -166,6 +166,7 @@ bool settle_end(struct destination *destination, struct channel *channel, struct
 void destination_clean(struct destination *destination, struct loop_result *result)
 {
     result_reset(result);
+    events_drain(destination); /* of what it did while it waited; who faulted is woken below */
     for (uint32_t r = 0; r < destination->memory.region_count; r++) {
         const struct region *region = &destination->memory.regions[r];
         int error_number = place_nothing(region);

@@ -43,11 +43,25 @@ void precopy_arm(struct source *source, struct loop_result *result)
     end_with(result, dirty_arm_all(&source->memory, source->pagemap_fd), "arm");
 }
 
+/* What has been discarded since it was sent: no scan finds that. */
+static void count_discarded(const struct source *source, uint64_t *pages, uint64_t *bytes)
+{
+    for (uint32_t r = 0; r < source->memory.region_count; r++) {
+        const struct region *region = &source->memory.regions[r];
+        uint64_t pending = 0;
+        for (uint64_t i = 0; i < region->page_count; i++)
+            pending += atomic_load_explicit(&source->pending[region->first_page + i], memory_order_relaxed);
+        *pages += pending;
+        *bytes += pending * region->memory.page_bytes;
+    }
+}
+
 void precopy_count(struct source *source, struct loop_result *result)
 {
     result_reset(result);
     uint64_t pages = 0, bytes = 0;
     int error_number = dirty_count(&source->memory, source->pagemap_fd, &pages, &bytes);
+    count_discarded(source, &pages, &bytes);
     if (error_number == 0)
         error_number = dirty_check(&source->memory, source->pagemap_fd);
     atomic_store_explicit(&source->pages_written, pages, memory_order_relaxed);
@@ -63,6 +77,17 @@ void precopy_collect(struct source *source, struct loop_result *result)
     int error_number = dirty_collect(&source->memory, source->pagemap_fd, true, source->pending, &newly);
     atomic_fetch_add_explicit(&source->pages_pending, newly, memory_order_relaxed);
     end_with(result, error_number, "collect");
+}
+
+/* Marked behind the discard, so that no round has taken the mark and read what was there before it. */
+void source_discarded(struct source *source, uint32_t region, uint64_t page_index, uint64_t page_count)
+{
+    if (!source->pending) /* nothing has been sent */
+        return;
+    uint64_t first = source->memory.regions[region].first_page + page_index, newly = 0;
+    for (uint64_t page = first; page < first + page_count; page++)
+        newly += !atomic_exchange_explicit(&source->pending[page], 1, memory_order_relaxed);
+    count(&source->pages_pending, newly);
 }
 
 /* The next pending page at or behind this one; page_total when there is none. */

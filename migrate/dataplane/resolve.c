@@ -1,7 +1,8 @@
 /* See resolve.h. Facts of the kernel that decide this file (tests/kernel/test_resolving.py shows each):
  *   CONTINUE on a page that is mapped is EEXIST and wakes nobody: UFFDIO_WAKE by hand.
  *   A range that ends early is EAGAIN with mapped > 0, which is progress; the real errno comes with the next call.
- *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry, not for ever.
+ *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry, but not for
+ *   long, since the thread that reads events is one of those that come here.
  *   UNREGISTER wakes who waits, but a fault that is just entering, under the lock of its VMA alone (6.4), can queue behind that wake and
  *   would sleep for ever: UFFDIO_WAKE after it, which finds it (tests/kernel/test_forking.py hung on it three times in a hundred).
  *   hugetlbfs has no ZEROPAGE: fallocate gives a cleared page, CONTINUE maps it. */
@@ -14,7 +15,7 @@
 
 #include "../uffd/kernel.h"
 
-#define RETRIES_MAX 10000 /* of an EAGAIN without progress: milliseconds; a guest must not hold its daemon's thread for ever */
+#define RETRIES_MAX 100 /* of an EAGAIN without progress: tens of microseconds */
 
 static void wake(int userfaultfd, uint64_t address, uint64_t size_bytes)
 {
@@ -29,6 +30,8 @@ static enum resolve_outcome outcome_of(int error_number)
         return RESOLVE_ALREADY;
     case EFAULT:
         return RESOLVE_HOLE;
+    case EAGAIN:
+        return RESOLVE_CHANGING;
     case ESRCH:
     case ENOENT:
         return RESOLVE_GONE;

@@ -8,6 +8,7 @@ enum resolve_outcome {
     RESOLVE_MAPPED,    /* mapped now, waiters woken */
     RESOLVE_ALREADY,   /* EEXIST: was mapped; woken by hand, since the kernel does not */
     RESOLVE_HOLE,      /* EFAULT: no page in the file */
+    RESOLVE_CHANGING,  /* EAGAIN, and it stays: an event is unread, or the guest has not gone on since it was read */
     RESOLVE_GONE,      /* ESRCH: the guest process has ended; ENOENT: it unmapped the range */
     RESOLVE_FAILED,    /* error_number */
 };

@@ -18,7 +18,7 @@ static bool is_stale(const void *of, uint64_t page)
 
 static void find_stale(struct source *source)
 {
-    uint64_t newly = 0;
+    uint64_t newly = atomic_load_explicit(&source->pages_pending, memory_order_relaxed); /* discarded since they were sent */
     if (dirty_collect(&source->memory, source->pagemap_fd, false, source->pending, &newly) != 0) {
         newly = source->memory.page_total;
         for (uint64_t page = 0; page < source->memory.page_total; page++)

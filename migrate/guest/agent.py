@@ -24,6 +24,8 @@ from migrate.guest.tracking import WriteTracking
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
 from proto.messages import (
+    Discard,
+    Discarded,
     GuestComplete,
     GuestFailed,
     GuestPrepare,
@@ -82,13 +84,29 @@ class Machine(Protocol):
     def complete(self) -> None:
         """All memory is here."""
 
+    def discards(self) -> Discard | None:
+        """What the guest has discarded and nobody has been told, if there is any; it leaves these pages alone."""
+
+    def discarded(self) -> None:
+        """All that ``discards`` has told of holds: the pages are the guest's again."""
+
 
 class Agent:
     """One guest's side of the guest socket. ``run`` returns when the guest has departed or the daemon is gone."""
 
-    def __init__(self, guest_id: str, memory: GuestMemory, machine: Machine, role: GuestRole) -> None:
+    def __init__(
+        self,
+        guest_id: str,
+        memory: GuestMemory,
+        machine: Machine,
+        role: GuestRole,
+        remove_means: Literal["zero", "keep"] | None = None,
+    ) -> None:
+        """``remove_means``: what its REMOVE events mean for pages that have not come; None: it raises none."""
         self.guest_id, self.memory, self.machine, self.role = guest_id, memory, machine, role
-        self.userfaultfd = memory.register() if role is GuestRole.WAITING else -1
+        self._remove_means = remove_means
+        self._discards_told = 0  # and not answered
+        self.userfaultfd = memory.register(remove_events=remove_means is not None) if role is GuestRole.WAITING else -1
         self._epoch: int | None = None
         self._paused = False
         self._machine_events = select.poll()
@@ -104,6 +122,7 @@ class Agent:
             Untrack: self._untrack,
             Pause: self._pause,
             Resume: self._resume,
+            Discarded: self._discarded,
             GuestComplete: self._complete,
             GuestReleased: self._released,
         }
@@ -113,6 +132,7 @@ class Agent:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.connect(str(socket_path))
         self._end_tracking()  # of a daemon that is gone
+        self._discards_told = 0
         self._decoder = guest_decoder()
         role: Literal["waiting", "running"] = "waiting" if self.role is GuestRole.WAITING else "running"
         hello = Hello(
@@ -122,6 +142,7 @@ class Agent:
             role=role,
             regions=self.memory.regions,
             memory_files=len(self.memory.files),
+            remove_means=self._remove_means,
             offers=["tracking"],  # also of a waiting guest: once it is whole it can be moved on
         )
         descriptors = self.memory.files + ([self.userfaultfd] if role == "waiting" else [])
@@ -216,6 +237,19 @@ class Agent:
             self._send(message)
         if isinstance(message, GuestFailed):
             raise PostcopyError(message.reason, code="guest-failed")
+        if self._discards_told == 0:
+            self._tell_discards()
+
+    def _tell_discards(self) -> None:
+        if (message := self.machine.discards()) is not None:
+            self._discards_told += 1
+            self._send(message)
+
+    def _discarded(self, _: Discarded) -> None:
+        self._discards_told -= 1
+        if self._discards_told == 0:
+            self.machine.discarded()
+            self._tell_discards()
 
     def _send(self, message: Message) -> None:
         assert self._socket is not None
@@ -239,6 +273,7 @@ class Agent:
             self._send(PauseFailed(reason=str(error)))
             return
         self._paused = True
+        self._tell_discards()  # before `paused`: they belong to the memory that is final now
         self._send(Paused(state=state, last_step_ns=last_step_ns))
 
     def _track(self, _: Track) -> None:

@@ -113,9 +113,10 @@ class GuestMemory:
     def address(self) -> int:
         return int(ffi.cast("uintptr_t", self._address))
 
-    def register(self) -> int:
+    def register(self, *, remove_events: bool = False) -> int:
         """A new userfaultfd, registered MISSING|MINOR over every region; its owner closes it last (P3)."""
-        userfaultfd = uffd.open_for_postcopy(hugetlb=any(spec.kind == "hugetlb" for spec in self.specs))
+        hugetlb = any(spec.kind == "hugetlb" for spec in self.specs)
+        userfaultfd = uffd.open_for_postcopy(hugetlb=hugetlb, remove_events=remove_events)
         try:
             for region in self.regions:
                 uffd.register_for_postcopy(userfaultfd, region.guest_address, region.size_bytes)

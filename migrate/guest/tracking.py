@@ -3,7 +3,8 @@
 The guest registers its own mapping for asynchronous write protection and opens its own pagemap; whoever holds that
 descriptor can then scan, without any privilege (Documentation/admin-guide/mm/pagemap.rst, PAGEMAP_SCAN; Linux 6.7). A first
 write to an armed page costs the guest 0.8 us and never waits for anybody: the kernel lifts the protection by itself.
-Blind to writes through another mapping of the file or to the file itself, to DMA, and to discards.
+Blind to writes through another mapping of the file or to the file itself, to DMA, and to discards. The guest tells of these by
+itself (``discard``), not by events: one is read before the hole is made, so its reader cannot say when the page is zero.
 """
 
 import os

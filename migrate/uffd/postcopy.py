@@ -13,12 +13,14 @@ MODES_POSTCOPY = Mode.MISSING | Mode.MINOR
 FEATURES_SHMEM = Feature.MISSING_SHMEM | Feature.MINOR_SHMEM
 FEATURES_HUGETLBFS = Feature.MISSING_HUGETLBFS | Feature.MINOR_HUGETLBFS
 FEATURES_ALLOWED = FEATURES_SHMEM | FEATURES_HUGETLBFS
-"""Events would have to be read for the guest's own calls to return, and EVENT_FORK hands descriptors to who reads them."""
+"""Events would have to be read for the guest's own calls to return, and EVENT_FORK hands descriptors to who reads them.
+EVENT_REMOVE is for those guests that say what it means."""
 
 
-def open_for_postcopy(*, hugetlb: bool = False) -> Userfaultfd:
+def open_for_postcopy(*, hugetlb: bool = False, remove_events: bool = False) -> Userfaultfd:
     """With minor faults; taken inside the kernel too where that is permitted. Raises HostLacksError."""
-    return Userfaultfd.open(FEATURES_SHMEM | (FEATURES_HUGETLBFS if hugetlb else Feature(0)))
+    events = Feature.EVENT_REMOVE if remove_events else Feature(0)
+    return Userfaultfd.open(FEATURES_SHMEM | (FEATURES_HUGETLBFS if hugetlb else Feature(0)) | events)
 
 
 def register_for_postcopy(userfaultfd: Userfaultfd, address: int, size_bytes: int) -> None:

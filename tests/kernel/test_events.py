@@ -173,11 +173,13 @@ def test_dontneed_keeps_what_the_file_has(kind: Kind, next_fault: PageFaultFlag)
 
 @case(SHARED)
 def test_remove_makes_a_hole_and_tells_the_same(kind: Kind) -> None:
-    """The event of MADV_REMOVE is that of MADV_DONTNEED: the next fault tells them apart, CONTINUE too."""
+    """The event of MADV_REMOVE is that of MADV_DONTNEED: the next fault tells them apart. It comes before the hole."""
     memory = populated(kind, CHANGES)
     thread = discarding(memory, MADV_REMOVE)
+    assert memory.in_file(1) == 2
     assert memory.events() == [Remove(memory.at(1), memory.at(3))]
     assert thread.ends() == 0
+    assert memory.in_file(1) == 0
     touch, flags = memory.fault(1)
     assert flags == MISSING
     assert memory.continue_(1).outcome is Outcome.NO_PAGE

@@ -39,6 +39,8 @@ struct move {
     struct loop_result fault_result, receive_result, serve_result, stream_result;
     pthread_t fault, receive, serve, stream;
     bool with_bulk;
+    bool remove_events; /* of the guest at the destination; */
+    bool removed_keeps; /* they mean nothing: it drops pages by MADV_DONTNEED */
 };
 
 /* What page i holds at the source: a stamp in every word, or zeroes for every fourth page. */
@@ -107,6 +109,7 @@ static void move_begin(struct move *move)
     CHECK(opened.fd >= 0);
     move->userfaultfd = opened.fd;
     uint64_t features = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS, ioctls;
+    features |= move->remove_events ? UFFD_FEATURE_EVENT_REMOVE : 0;
     CHECK(uffd_api(move->userfaultfd, &features) == 0);
     CHECK(uffd_register(move->userfaultfd, (uint64_t)(uintptr_t)move->guest, size_bytes,
                         UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR, &ioctls) == 0);
@@ -117,6 +120,8 @@ static void move_begin(struct move *move)
     int error_number = 0;
     move->destination = destination_create(&region, 1, move->userfaultfd, &error_number);
     CHECK(move->destination);
+    if (move->remove_events && !move->removed_keeps)
+        destination_removed_is_zero(move->destination);
     region.memory_fd = move->source_fd;
     move->source = source_create(&region, 1, &error_number);
     CHECK(move->source);

@@ -35,7 +35,14 @@ static uint64_t next_random(uint64_t *state)
     return *state;
 }
 
-/* Each its own pages: some are written all the time, the others now and then; one write in eight leaves a page of zeroes. */
+static void discard(struct move *move, uint64_t page, void *words)
+{
+    CHECK(madvise(words, move->page_bytes, MADV_REMOVE) == 0);
+    source_discarded(move->source, 0, page, 1);
+}
+
+/* Each its own pages: some are written all the time, the others now and then; one write in eight leaves a page of zeroes, and one
+ * is a discard, which leaves a hole and which no scan finds. */
 static void *run_writer(void *of)
 {
     struct writer *writer = of;
@@ -47,6 +54,8 @@ static void *run_writer(void *of)
         uint64_t *words = (uint64_t *)(writer->tracked->memory + page * move->page_bytes);
         if (random >> 61 == 0)
             memset(words, 0, move->page_bytes);
+        else if (random >> 61 == 1 && !move->hugetlb)
+            discard(move, page, words);
         else
             words[0] = words[move->page_bytes / 8 - 1] = random | 1;
     }
@@ -125,6 +134,7 @@ static void paused(struct tracked *tracked, uint64_t *seed)
         pthread_join(tracked->writers[i].thread, NULL);
 }
 
+#ifndef MAIN_OF_DISCARDS /* discard_main.c has moves of its own */
 /* All pages of this toucher's half, while the stale set is on its way: as the source left them, then marked. */
 static void *run_comparing(void *of)
 {
@@ -244,3 +254,4 @@ int main(int argc, char **argv)
     printf("precopy: held\n");
     return 0;
 }
+#endif

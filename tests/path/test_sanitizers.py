@@ -18,7 +18,7 @@ BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
 OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
 RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
-MAINS = ("dataplane-main", "precopy-main", "workload-main")
+MAINS = ("dataplane-main", "precopy-main", "discard-main", "workload-main")
 STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 BUILDS = [
@@ -88,6 +88,13 @@ def test_precopy(programs: Path) -> None:
 @pytest.mark.requires("uffd", "hugetlb")
 def test_precopy_on_hugetlbfs(programs: Path) -> None:
     assert run_main(programs / "precopy-main", "1", "1", "hugetlb") == ["precopy: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd")
+def test_discards(programs: Path) -> None:
+    """Of a guest at the destination, by events and by messages, just ahead of what comes by bulk and in what is held."""
+    assert run_main(programs / "discard-main", "0", "6") == ["discards: held"]
 
 
 @pytest.mark.timeout(180)

@@ -43,10 +43,17 @@ CONTROL: dict[str, dict[str, Any]] = {
     "released": {},
     "cancel": {"reason": "asked to"},
 }
+
+
+def pages(page_count: int) -> dict[str, int]:
+    return {"region": 0, "page_index": 7, "page_count": page_count}
+
+
+PAGE_RANGE = pages(2)
 GUEST: dict[str, dict[str, Any]] = {
     "hello": {
         "major": 1, "minor": 0, "guest_id": "g", "role": "waiting", "regions": [GUEST_REGION], "memory_files": 1,
-        "offers": [], "declares": [],
+        "offers": [], "declares": [], "remove_means": "zero",
     },
     "welcome": {"major": 1, "minor": 0, "software": "postcopy 0.1"},
     "refused": CONTROL["refused"],
@@ -63,6 +70,8 @@ GUEST: dict[str, dict[str, Any]] = {
     "resume_failed": {"epoch": 0, "reason": "not my state"},
     "running": {"epoch": 0},
     "stepped": {"first_step_ns": 10},
+    "discard": {"ranges": [PAGE_RANGE]},
+    "discarded": {},
     "complete": {},
     "released": {},
     "failed": {"reason": "page 7 is stale"},
@@ -110,6 +119,9 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("guest", "hello", "memory_files", [1, 64], [0, 65]),
     ("guest", "hello", "offers", [[], ["a"] * 32], [["a"] * 33, [""], "a"]),
     ("guest", "hello", "declares", [[], ["a"] * 32], [["a"] * 33]),
+    ("guest", "hello", "remove_means", [None, "zero", "keep"], ["", "poison", 0]),
+    ("guest", "discard", "ranges", [[PAGE_RANGE] * 256], [[], [PAGE_RANGE] * 257, PAGE_RANGE]),
+    ("guest", "discard", "ranges", [[pages(4096)], [pages(2048)] * 2], [[pages(0)], [pages(4097)], [pages(2048)] * 3]),
     ("guest", "welcome", "minor", [0, 65535], [-1, 65536]),
     ("guest", "pause", "deadline_ms", [1, 600_000], [0, 600_001]),
     ("guest", "resume", "state", [None, b"", bytes(768 << 10)], [bytes((768 << 10) + 1), ""]),
@@ -167,7 +179,7 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
     for field in (CONTROL if side == "control" else GUEST)[name]:
         body = on_wire(side, name)
         del body[field]
-        if field in ("offers", "declares", "precopy", "populated_bytes", "stale_window_ns"):  # optional
+        if field in ("offers", "declares", "precopy", "populated_bytes", "stale_window_ns", "remove_means"):  # optional
             decoder(side).feed(wire(body))
             continue
         missing = refusal(side, wire(body))

@@ -75,8 +75,8 @@ CONTROL = [
 GUEST = [
     messages.Hello, messages.Welcome, messages.Refused, messages.GuestPrepare, messages.GuestPrepared, messages.Track,
     messages.Tracking, messages.TrackFailed, messages.Untrack, messages.Pause, messages.Paused, messages.PauseFailed,
-    messages.Resume, messages.ResumeFailed, messages.Running, messages.Stepped, messages.GuestComplete,
-    messages.GuestReleased, messages.GuestFailed,
+    messages.Resume, messages.ResumeFailed, messages.Running, messages.Stepped, messages.Discard, messages.Discarded,
+    messages.GuestComplete, messages.GuestReleased, messages.GuestFailed,
 ]  # fmt: skip
 
 
@@ -94,6 +94,8 @@ def test_bounds() -> None:
     assert f"at most {messages.MESSAGE_BYTES_MAX} (1 MiB)" in section("Messages")
     assert f"0 … {messages.STATE_BYTES_MAX} bytes" in section("Messages")
     assert f"1 … {messages.REGIONS_MAX} maps" in section("Control connection")
+    assert f"array of 1 … {messages.DISCARD_RANGES_MAX} page ranges" in section("Guest socket")
+    assert f"{messages.DISCARD_PAGES_MAX} pages in all" in section("Guest socket")
     for page_bytes in messages.PAGE_BYTES:
         assert str(page_bytes) in section("Messages")
 

@@ -19,9 +19,9 @@ import structlog
 from migrate.errors import PostcopyError
 from migrate.guest.agent import Agent, GuestRole
 from migrate.guest.memory import GuestMemory, MemorySpec
-from migrate.guests.workload.native import Workload, WorkloadConfig
+from migrate.guests.workload.native import BLOCK_BYTES, Workload, WorkloadConfig
 from proto.errors import ProtocolError
-from proto.messages import GuestFailed, Message, Stepped
+from proto.messages import Discard, GuestFailed, Message, PageRange, Stepped
 
 log = structlog.get_logger("postcopy.workload")
 RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
@@ -35,6 +35,7 @@ class WorkloadOptions:
     waiting: bool = False
     stay: bool = False
     verify: bool = True
+    discard_by_event: bool = True
     config: WorkloadConfig = field(default_factory=WorkloadConfig)
 
 
@@ -43,13 +44,14 @@ class WorkloadMachine:
 
     def __init__(self, memory: GuestMemory, options: WorkloadOptions) -> None:
         self.workload = Workload(memory.address, memory.size_bytes)
-        self._options = options
+        self._memory, self._options = memory, options
         self._stepped_ns = 0
         self._said_ns = 0
         self._verifications = 0
         self._verifying = False
 
     def start(self) -> None:
+        self.workload.tell_discards(True)
         self.workload.start(self._options.config)
 
     def prepare(self) -> None:
@@ -62,6 +64,7 @@ class WorkloadMachine:
     def resume(self, state: bytes | None) -> None:
         if state is not None:
             self.workload.load(state)
+            self.workload.tell_discards(not self._options.discard_by_event)  # events are read until `complete`
             self._verifications = 0
         self.workload.resume()
 
@@ -87,7 +90,28 @@ class WorkloadMachine:
             say("stepped", first_step_ns=self._stepped_ns)
         return None
 
+    def discards(self) -> Discard | None:
+        ranges = [self._page(block) for block in self.workload.discards()]
+        return Discard(ranges=ranges) if ranges else None
+
+    def _page(self, block: int) -> PageRange:
+        address = self._memory.address + block * BLOCK_BYTES
+        for index, region in enumerate(self._memory.regions):
+            offset_bytes = address - region.guest_address
+            if 0 <= offset_bytes < region.size_bytes:
+                return PageRange(region=index, page_index=offset_bytes // region.page_bytes, page_count=1)
+        raise ValueError(f"block {block} is in no region")
+
+    def discarded(self) -> None:
+        self.workload.discarded()
+
+    def detached(self) -> None:
+        """The daemon is gone, and what it was told of: a guest that is whole here needs no answer."""
+        self.workload.discards()
+        self.workload.discarded()
+
     def complete(self) -> None:
+        self.workload.tell_discards(True)
         report = self.workload.report()
         say("complete", **report.to_dict())
         if self._options.verify:
@@ -125,7 +149,7 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
     """One life of the guest's memory: from its start, or from waiting, until it has departed."""
     memory = GuestMemory(options.memory)
     machine = WorkloadMachine(memory, options)
-    agent = Agent(options.guest_id, memory, machine, role)
+    agent = Agent(options.guest_id, memory, machine, role, "zero" if options.discard_by_event else None)
     try:
         if role is GuestRole.WAITING:
             machine.workload.prepare(options.config.threads)
@@ -140,6 +164,7 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
             if agent.undecided:
                 log.error("the daemon is gone amid a migration: this guest stays as it is", role=str(agent.role))
                 os.read(os.eventfd(0), 8)  # nothing can be decided from here; stay, holding memory and userfaultfd
+            machine.detached()
     finally:
         machine.workload.close()
         agent.close()

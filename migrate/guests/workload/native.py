@@ -77,6 +77,7 @@ class WorkloadConfig:
     write_per_mille: int = 0
     rate_per_second: int = 0
     zero_per_mille: int = 0
+    discard_per_mille: int = 0
     seed: int = 1
 
 
@@ -119,6 +120,7 @@ class Report:
     verifications: int
     steps: int
     writes: int
+    discards: int
     last_step_ns: int
     first_step_ns: int
     failure: Failure | None
@@ -132,6 +134,7 @@ class Report:
             "verifications": self.verifications,
             "steps": self.steps,
             "writes": self.writes,
+            "discards": self.discards,
             "last_step_ns": self.last_step_ns,
             "first_step_ns": self.first_step_ns,
             "failure": None if self.failure is None else str(self.failure),
@@ -223,6 +226,19 @@ class Workload:
         """Ask for one check of all memory against the root; ``event_fd``, then ``Report.verifications`` tell the end."""
         lib.workload_verify(self._pointer)
 
+    def tell_discards(self, tell: bool) -> None:
+        """Whether a thread that has discarded a block waits until that has been told (``discards``) and holds (``discarded``)."""
+        lib.workload_tell_discards(self._pointer, tell)
+
+    def discards(self) -> list[int]:
+        """Blocks discarded and not told of before."""
+        blocks = ffi.new("uint64_t[]", THREADS_MAX)
+        return list(ffi.unpack(blocks, lib.workload_discards(self._pointer, blocks)))
+
+    def discarded(self) -> None:
+        """All that have been told of are known."""
+        lib.workload_discarded(self._pointer)
+
     def reset_touches(self) -> None:
         lib.workload_reset_touches(self._pointer)
 
@@ -241,6 +257,7 @@ class Workload:
             verifications=raw.verifications,
             steps=raw.steps,
             writes=raw.writes,
+            discards=raw.discards,
             last_step_ns=raw.last_step_ns,
             first_step_ns=raw.first_step_ns,
             failure=_failure(raw.failure),

@@ -154,7 +154,7 @@ static bool table_classify(const struct slice *slice, uint64_t data_index, uint6
     uint64_t version = slice_words(slice, data_index)[1], ahead, behind;
     table_compare(slice, data_index, &ahead, &behind);
     bool malformed = entry_version(entry) != entry_count(entry);
-    if (!malformed && ahead == 0)
+    if (!malformed && (ahead == 0 || (ahead == 1 && entry == 0))) /* one alone, ahead of nothing: it was discarded, and is back */
         return false;
     failure->block_index = slice_table_block(slice, data_index);
     if (all_zero(slice->memory + failure->block_index * BLOCK_WORDS))

@@ -5,7 +5,7 @@
  *     | table of versions: 512 entries a block | data blocks ...                    |
  *
  * entry   of each data block, in guest memory: version in the low half, write count in the high half; 0: never
- *         written, must read as zeroes. Both grow by one with a write, so halves that differ are nobody's entry.
+ *         written, or discarded since: must read as zeroes. Both grow by one with a write, so halves that differ are nobody's entry.
  * block   word 0 identity, word 1 version, word 2 write count, words 3.. base(identity, version) + index * odd constant.
  * root    sum of a hash of every (block, entry), never in guest memory: memory that agrees with itself and not with
  *         the root was rolled back as a whole.

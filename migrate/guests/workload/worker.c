@@ -5,6 +5,7 @@
 #include "worker.h"
 
 #include <linux/futex.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -87,14 +88,35 @@ static bool touch(struct worker *worker, uint64_t data_index, uint64_t *entry, u
     return false;
 }
 
-static void write_block(struct worker *worker, uint64_t data_index, uint64_t entry)
+static void entry_changed(struct worker *worker, uint64_t data_index, uint64_t before, uint64_t after)
 {
     const struct slice *slice = &worker->slice;
-    uint64_t written = block_write(slice, data_index, entry);
-    uint64_t change = root_share(slice, data_index, written) - root_share(slice, data_index, entry);
+    uint64_t change = root_share(slice, data_index, after) - root_share(slice, data_index, before);
     worker->root += change;
     if (data_index < worker->pass_cursor) /* the pass under way has counted the old entry */
         worker->pass_sum += change;
+}
+
+static void write_block(struct worker *worker, uint64_t data_index, uint64_t entry)
+{
+    entry_changed(worker, data_index, entry, block_write(&worker->slice, data_index, entry));
+}
+
+/* The block is as if never written; it is not looked at before, so that it may be one that has not come yet. Where a discard has to
+ * be told, run() leaves all alone until it is known. */
+static void discard_block(struct worker *worker, uint64_t data_index)
+{
+    struct workload *workload = worker->workload;
+    uint64_t entry = *slice_entry(&worker->slice, data_index);
+    if (madvise(slice_words(&worker->slice, data_index), WORKLOAD_BLOCK_BYTES, MADV_REMOVE) != 0)
+        return; /* not memory that can be discarded: report.discards stays 0 */
+    add_one(&worker->discards);
+    if (atomic_load(&workload->tell_discards)) {
+        atomic_store(&worker->discarding, (slice_data_block(&worker->slice, data_index) + 1) * 2);
+        signal_event(workload);
+    }
+    *slice_entry(&worker->slice, data_index) = 0;
+    entry_changed(worker, data_index, entry, 0);
 }
 
 static void first_step(struct worker *worker, uint64_t end_ns)
@@ -116,12 +138,17 @@ static void first_step(struct worker *worker, uint64_t end_ns)
 static uint64_t step(struct worker *worker, uint64_t now_ns)
 {
     uint64_t entry, data_index = pattern_next(&worker->pattern);
-    if (!touch(worker, data_index, &entry, &now_ns))
-        return now_ns;
-    worker->pattern.state.carried = slice_words(&worker->slice, data_index)[BLOCK_WORDS - 1];
-    if (mix64(worker->random += UINT64_C(0x9e3779b97f4a7c15)) >> 32 < worker->workload->write_below) {
-        write_block(worker, data_index, entry);
-        add_one(&worker->writes);
+    uint64_t draw = mix64(worker->random += UINT64_C(0x9e3779b97f4a7c15));
+    if ((draw & UINT32_MAX) < worker->workload->discard_below) {
+        discard_block(worker, data_index);
+    } else {
+        if (!touch(worker, data_index, &entry, &now_ns))
+            return now_ns;
+        worker->pattern.state.carried = slice_words(&worker->slice, data_index)[BLOCK_WORDS - 1];
+        if (draw >> 32 < worker->workload->write_below) {
+            write_block(worker, data_index, entry);
+            add_one(&worker->writes);
+        }
     }
     add_one(&worker->steps);
     worker->step_end_ns = clock_monotonic_ns();
@@ -194,6 +221,11 @@ static void run(struct worker *worker, uint32_t running)
     worker->pass_cursor = worker->pass_sum = 0; /* what an abandoned pass saw may have changed since */
 
     while (atomic_load_explicit(&workload->gate, memory_order_acquire) == running) {
+        if (atomic_load(&worker->discarding) != 0) { /* woken by workload_discarded */
+            futex_wait(&workload->gate, running, now_ns + WAIT_MAX_NS);
+            now_ns = clock_monotonic_ns();
+            continue;
+        }
         if (worker->stamped < worker->slice.data_blocks) {
             stamp_next(worker);
             now_ns = clock_monotonic_ns();

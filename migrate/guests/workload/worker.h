@@ -43,6 +43,8 @@ struct worker {
     _Atomic uint32_t passes; /* verifications finished */
     _Atomic uint64_t steps;
     _Atomic uint64_t writes;
+    _Atomic uint64_t discards;
+    _Atomic uint64_t discarding; /* (block + 1) * 2 once discarded, + 1 once told; 0: nothing that the thread waits for */
     _Atomic uint64_t last_step_ns; /* published when parking */
     struct histogram touch;        /* each longer than a cache line: workers share none */
     struct histogram first_touch;
@@ -55,6 +57,7 @@ struct workload {
     struct workload_config config;
     uint64_t interval_ns; /* between two steps of one thread; 0: flat out */
     uint64_t write_below; /* a random number below it: this step writes */
+    uint64_t discard_below; /* likewise */
     uint32_t threads;     /* that exist */
     uint32_t epoch;       /* of loads */
     uint32_t *seen;       /* by block: the epoch of its last first touch, so that a load clears nothing */
@@ -64,6 +67,7 @@ struct workload {
     _Atomic uint32_t active;   /* workers a report covers */
     _Atomic uint32_t passes_wanted;
     _Atomic uint64_t first_step_ns;
+    _Atomic bool tell_discards;
     atomic_flag failure_claimed;
     struct workload_failure failure; /* final once the gate says FAILED */
 

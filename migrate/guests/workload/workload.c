@@ -14,7 +14,7 @@
 #define PAUSE_SPIN_NS 5000 /* threads on a CPU park within a step; only then is it worth going to sleep */
 
 #define STATE_MAGIC UINT64_C(0x31746174536b7257) /* "WrkStat1", and the byte order */
-#define STATE_VERSION 1
+#define STATE_VERSION 2
 
 struct state_header {
     uint64_t magic;
@@ -26,11 +26,11 @@ struct state_header {
 };
 
 struct state_worker {
-    uint64_t root, random, stamped, steps, writes;
+    uint64_t root, random, stamped, steps, writes, discards;
     struct pattern_state pattern;
 };
 
-_Static_assert(sizeof(struct workload_config) == 32 && sizeof(struct state_header) == 64 && sizeof(struct state_worker) == 72,
+_Static_assert(sizeof(struct workload_config) == 40 && sizeof(struct state_header) == 72 && sizeof(struct state_worker) == 80,
                "the state has no padding");
 _Static_assert(sizeof(struct state_header) + WORKLOAD_THREADS_MAX * sizeof(struct state_worker) <= WORKLOAD_STATE_BYTES_MAX,
                "the largest state fits");
@@ -132,7 +132,7 @@ static bool config_valid(const struct workload *workload, const struct workload_
 {
     struct slice slice;
     return config->threads >= 1 && config->threads <= WORKLOAD_THREADS_MAX && config->pattern <= WORKLOAD_PERMUTE &&
-           config->write_per_mille <= 1000 && config->zero_per_mille <= 1000 &&
+           config->write_per_mille <= 1000 && config->zero_per_mille <= 1000 && config->discard_per_mille <= 1000 && config->reserved == 0 &&
            slice_init(&slice, workload->memory, workload->memory_blocks, config->threads, 0, config->seed);
 }
 
@@ -151,6 +151,7 @@ static void configure(struct workload *workload, const struct workload_config *c
     workload->config = *config;
     workload->interval_ns = config->rate_per_second == 0 ? 0 : config->threads * UINT64_C(1000000000) / config->rate_per_second;
     workload->write_below = ((uint64_t)config->write_per_mille << 32) / 1000;
+    workload->discard_below = ((uint64_t)config->discard_per_mille << 32) / 1000;
     atomic_store(&workload->passes_wanted, 0);
     atomic_store(&workload->first_step_ns, 0);
     atomic_store(&workload->active, config->threads);
@@ -164,6 +165,8 @@ static void configure(struct workload *workload, const struct workload_config *c
         atomic_store(&worker->passes, 0);
         atomic_store(&worker->steps, 0);
         atomic_store(&worker->writes, 0);
+        atomic_store(&worker->discards, 0);
+        atomic_store(&worker->discarding, 0);
         atomic_store(&worker->last_step_ns, 0);
         histogram_clear(&worker->touch);
         histogram_clear(&worker->first_touch);
@@ -289,6 +292,7 @@ int64_t workload_save(const struct workload *workload, uint8_t *state, size_t ca
         struct state_worker saved = {
             .root = worker->root, .random = worker->random, .stamped = worker->stamped, .pattern = worker->pattern.state,
             .steps = atomic_load(&worker->steps), .writes = atomic_load(&worker->writes),
+            .discards = atomic_load(&worker->discards),
         };
         memcpy(state + sizeof header + i * sizeof saved, &saved, sizeof saved);
     }
@@ -344,6 +348,7 @@ int workload_load(struct workload *workload, const uint8_t *state, size_t size_b
         worker->unseen = worker->slice.table_blocks + worker->slice.data_blocks;
         atomic_store(&worker->steps, saved.steps);
         atomic_store(&worker->writes, saved.writes);
+        atomic_store(&worker->discards, saved.discards);
     }
     atomic_store(&workload->gate, gate_generation(gate) * GATE_PHASES + WORKLOAD_PAUSED);
     return 0;
@@ -361,6 +366,32 @@ void workload_reset_touches(struct workload *workload)
         histogram_clear(&workload->worker[i].touch);
         histogram_clear(&workload->worker[i].first_touch);
     }
+}
+
+void workload_tell_discards(struct workload *workload, bool tell)
+{
+    atomic_store(&workload->tell_discards, tell);
+}
+
+uint32_t workload_discards(struct workload *workload, uint64_t block_index[WORKLOAD_THREADS_MAX])
+{
+    uint32_t found = 0;
+    for (uint32_t i = 0; i < atomic_load(&workload->active); i++) {
+        uint64_t discarding = atomic_load(&workload->worker[i].discarding);
+        if (discarding == 0 || discarding % 2 == 1)
+            continue;
+        atomic_store(&workload->worker[i].discarding, discarding + 1); /* its thread waits for us */
+        block_index[found++] = discarding / 2 - 1;
+    }
+    return found;
+}
+
+void workload_discarded(struct workload *workload)
+{
+    for (uint32_t i = 0; i < atomic_load(&workload->active); i++)
+        if (atomic_load(&workload->worker[i].discarding) % 2 == 1)
+            atomic_store(&workload->worker[i].discarding, 0);
+    futex_wake_all(&workload->gate);
 }
 
 int workload_event_fd(const struct workload *workload)
@@ -399,6 +430,7 @@ void workload_read(const struct workload *workload, struct workload_report *repo
         report->verifications = passes < report->verifications ? passes : report->verifications;
         report->steps += atomic_load(&worker->steps);
         report->writes += atomic_load(&worker->writes);
+        report->discards += atomic_load(&worker->discards);
         histogram_read(&worker->touch, &copy);
         histogram_add(&report->touch, &copy);
         histogram_read(&worker->first_touch, &copy);

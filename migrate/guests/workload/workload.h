@@ -5,6 +5,7 @@
 #ifndef POSTCOPY_WORKLOAD_H
 #define POSTCOPY_WORKLOAD_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -29,6 +30,8 @@ struct workload_config {
     uint32_t pattern;          /* enum workload_pattern */
     uint32_t write_per_mille;  /* share of steps that also write */
     uint32_t zero_per_mille;   /* share of blocks never written at the start: they read zero */
+    uint32_t discard_per_mille; /* share of steps that discard their block (MADV_REMOVE): it reads zero until it is written again */
+    uint32_t reserved;         /* 0 */
 };
 
 enum workload_failure_kind {
@@ -59,6 +62,7 @@ struct workload_report {
     uint32_t verifications; /* whole passes finished by all threads since the last load/start */
     uint64_t steps;         /* since the guest's start, on whichever host: carried in the state */
     uint64_t writes;        /* likewise; without the first stamping */
+    uint64_t discards;      /* likewise */
     uint64_t last_step_ns;  /* CLOCK_MONOTONIC end of the last step completed before the pause; 0: none */
     uint64_t first_step_ns; /* end of the first step completed since the last resume; 0: none yet */
     struct workload_failure failure;
@@ -95,7 +99,14 @@ int workload_resume(struct workload *workload);
  * pass that a pause interrupts starts again at the resume. Forgotten by start and load. */
 void workload_verify(struct workload *workload);
 void workload_reset_touches(struct workload *workload);
-/* Readable (eventfd) after: a first step since resume, a finished verification, a failure. Read it, then the report. */
+/* Whether discards are to be told: then a thread that has discarded a block does nothing before workload_discarded. Not told is what
+ * the kernel tells by itself, as an event. */
+void workload_tell_discards(struct workload *workload, bool tell);
+/* Blocks discarded and not returned here before, one a thread at most; how many. */
+uint32_t workload_discards(struct workload *workload, uint64_t block_index[WORKLOAD_THREADS_MAX]);
+/* All that have been returned are known where they have to be. */
+void workload_discarded(struct workload *workload);
+/* Readable (eventfd) after: a first step since resume, a finished verification, a failure, a discard to be told. Read it, then the report. */
 int workload_event_fd(const struct workload *workload);
 /* Just the two times of the report: read within a downtime. */
 uint64_t workload_last_step_ns(const struct workload *workload);
