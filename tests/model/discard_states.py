@@ -1,8 +1,8 @@
 """Model of discards at the destination, by REMOVE events that mean zero, on top of the page states.
 
-The kernel, as tests/kernel/test_events.py shows it: madvise(2) raises the event and waits until it has been read; then it makes the hole, whenever
-it comes to that. While the event is unread every fill is EAGAIN, and it may be until the hole is made. migrate/dataplane/discard.c is
-the rest. ``truth`` becomes zero with the hole; what another thread reads of the page during the madvise is its own affair.
+The kernel, as tests/kernel/test_events.py shows it: madvise(2) raises the event and waits until it has been read; then it makes
+the hole, whenever it comes to that. While the event is unread every fill is EAGAIN, and it may be until the hole is made. The
+rest is migrate/dataplane/discard.c. ``truth`` becomes zero with the hole; what another thread reads meanwhile is its own affair.
 
 What is simpler here: one discard at a time; no restart, which loses what was read and not applied.
 """
