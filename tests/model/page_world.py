@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 TORN = -1
 ABSENT, REQUESTED, RECEIVING, PRESENT, MAPPED, ZERO = "ABSENT", "REQUESTED", "RECEIVING", "PRESENT", "MAPPED", "ZERO"
-HELD, HELD_ZERO = "HELD", "HELD_ZERO"
-FINAL = (PRESENT, MAPPED, ZERO)
+HELD, HELD_ZERO, REMOVED = "HELD", "HELD_ZERO", "REMOVED"
+FINAL = (PRESENT, MAPPED, ZERO, REMOVED)
 
 
 class Page(NamedTuple):
@@ -22,6 +22,7 @@ class Page(NamedTuple):
     streamed: bool  # sent by the bulk stream in this epoch
     written: bool = True  # at the source, since the page was armed (uffd-wp); as it is before the first time
     pending: bool = True  # to be sent in this round of precopy; after the pause: stale
+    discarded: bool = False  # while it was being received
     in_file: bool = False  # the daemon remembers that it put something into the file (COPY_IN_FILE)
 
 
@@ -62,6 +63,8 @@ class World(NamedTuple):
     restarts: int
     broken: str | None
     precopy: Precopy | None = None
+    discards: int = 0  # that the guest may still do at the destination
+    removing: tuple[int, bool] | None = None  # the page of a discard under way, and whether its event has been read
 
 
 def with_page(world: World, p: int, page: Page) -> World:
