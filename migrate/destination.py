@@ -250,6 +250,8 @@ class DestinationMigration(Migration):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self._resumed_ns = monotonic_ns()
             self.advance(Event.RUNNING)
+            assert self._plane is not None
+            self._plane.open()  # before `running` is said: the answer to it may be pages
             self._control.send(Running(epoch=self.epoch))
         if self.downtime_ns is not None:  # the guest's first step came in one piece with its `running`
             self._control.send(self._progress())
@@ -259,9 +261,7 @@ class DestinationMigration(Migration):
         """Only now (P2): a page that came before the guest was paused is not final, and would stay in a guest that waits on."""
         assert self._plane is not None
         plane, sock = self._plane, self._sockets[ConnectionKind.BULK]
-        if self._precopy:
-            plane.open()
-        else:
+        if not self._precopy:
             self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=False))
 
     def _check_switchover(self, switchover: Switchover) -> None:
@@ -481,7 +481,7 @@ class DestinationMigration(Migration):
 
     def pages_by_path(self) -> dict[str, int]:
         figures = self.figures()
-        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "bulk", "zero")}
+        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "readahead", "bulk", "zero")}
         discarded = {"discarded": figures["pages_removed"]} if figures.get("pages_removed") else {}
         return {**by_path, "precopy": figures.get("pages_kept", 0), **discarded}
 
@@ -497,6 +497,8 @@ class DestinationMigration(Migration):
             stale_pages=figures.get("pages_stale", 0),
             stale_window_seconds=None if window_ns is None else window_ns / 1e9,
             faults_held=figures.get("faults_held", 0),
+            faults_after=figures.get("faults_remote", 0) - figures.get("faults_unsettled", 0),
+            stale_pages_touched=figures.get("pages_stale_touched", 0),
         )
 
     def faults_count(self) -> int:

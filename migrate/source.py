@@ -446,9 +446,10 @@ class SourceMigration(Migration):
 
     def pages_by_path(self) -> dict[str, int]:
         figures = self.figures()
-        zero = figures.get("pages_zero_urgent", 0) + figures.get("pages_zero_bulk", 0)
+        zero = sum(figures.get(f"pages_zero_{path}", 0) for path in ("urgent", "readahead", "bulk"))
         precopy = figures.get("pages_precopy", 0) + figures.get("pages_zero_precopy", 0)  # copies, one a round
-        return {"urgent": figures.get("pages_urgent", 0), "bulk": figures.get("pages_bulk", 0), "zero": zero, "precopy": precopy}
+        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "readahead", "bulk")}
+        return {**by_path, "zero": zero, "precopy": precopy}
 
     def precopy_info(self) -> PrecopyInfo | None:
         if State.PRECOPY not in self._timeline:
@@ -461,6 +462,8 @@ class SourceMigration(Migration):
             stale_pages=figures.get("pages_stale", 0),
             stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
             faults_held=None,
+            faults_after=None,
+            stale_pages_touched=None,
         )
 
     def faults_count(self) -> int:
