@@ -19,9 +19,10 @@ from migrate.bench import resolvers
 from migrate.bench.figures import Bound, Result
 from migrate.bench.hybrid import hybrid
 from migrate.bench.scenarios import SCENARIOS as POSTCOPY
+from migrate.bench.tracking import tracking
 from migrate.errors import PostcopyError
 
-SCENARIOS = {**POSTCOPY, "hybrid": hybrid}
+SCENARIOS = {**POSTCOPY, "hybrid": hybrid, "tracking": tracking}
 
 
 def environment() -> dict[str, Any]:

@@ -20,9 +20,9 @@ from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIOS = ["fault-idle", "fault-under-stream", "random", "stream", "cpu", "sequential"]
-SCENARIOS += ["downtime", "downtime-scraped", "hybrid"]
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking"]
 VALUE = {"stream", "cpu", "sequential"}
-BARE = {"random"}
+BARE = {"random", "tracking"}
 """Figures of the product alone."""
 
 
