@@ -24,8 +24,9 @@ STALL_NS = 2000
 CPU_TICK_SECONDS = 0.01
 
 
-def bench_pair() -> Pair:
-    return Pair(arguments=("--congestion-control", "reno", "--poll", "0"))
+def bench_pair(*, polling: bool = False) -> Pair:
+    """Its threads sleep while they wait, as the floor's do; with ``polling`` as daemons do unless told otherwise."""
+    return Pair(arguments=("--congestion-control", "reno", *(() if polling else ("--poll", "0"))))
 
 
 class Shuttle:
@@ -89,20 +90,45 @@ class Shuttle:
         return self.there
 
 
-def fault_idle(tiny: bool) -> Result:
-    """Random first touches of every page, no bulk."""
+def _first_touches(pair: Pair, tiny: bool) -> tuple[Latencies, Latencies]:
+    """Random first touches of every page, no bulk: the product's and the floor's, whose threads sleep."""
     size_bytes, rounds = (4 * MIB, 1) if tiny else (64 * MIB, 6)
     product, bare = Latencies(), Latencies()
+    shuttle = Shuttle(pair, "idle", size_bytes, "--pattern", "permute", "--write-ratio", "0")
+    for round_number in range(rounds):
+        shuttle.move(bulk=False, warmed=True)
+        product.add(shuttle.first_touches())
+        with shuttle.frozen():
+            done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
+        bare.add(done["histogram"])
+    return product, bare
+
+
+def fault_idle(tiny: bool) -> Result:
+    """Both sleep while they wait."""
     with bench_pair() as pair:
-        shuttle = Shuttle(pair, "idle", size_bytes, "--pattern", "permute", "--write-ratio", "0")
-        for round_number in range(rounds):
-            shuttle.move(bulk=False, warmed=True)
-            product.add(shuttle.first_touches())
-            with shuttle.frozen():
-                done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
-            bare.add(done["histogram"])
+        product, bare = _first_touches(pair, tiny)
     bounds = (Bound("ratio.p50", 1.15), Bound("ratio.p99", 1.5))
     return Result("fault-idle", "seconds", product.figures(), bare.figures(), bounds)
+
+
+def fault_idle_polling(tiny: bool) -> Result:
+    """The product's threads look for a while before they sleep, as they do unless told otherwise."""
+    with bench_pair(polling=True) as pair:
+        product, bare = _first_touches(pair, tiny)
+        polled_seconds = sum(_polled_seconds(daemon) for daemon in (pair.source, pair.destination))
+    figures = {"polled_seconds_per_fault": polled_seconds / product.figures()["n"]}
+    bounds = (Bound("ratio.p50", 0.7),)
+    return Result("fault-idle-polling", "seconds", product.figures(), bare.figures(), bounds, figures)
+
+
+def _polled_seconds(daemon: DaemonProcess) -> float:
+    """CPU time spent looking, of all guests of a daemon so far."""
+    connection = http.client.HTTPConnection(daemon.metrics_address, timeout=10)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("postcopy_polled_seconds_total{"))
 
 
 class Duplicates:
@@ -344,6 +370,7 @@ def downtime_scraped(tiny: bool) -> Result:
 
 SCENARIOS: dict[str, Callable[[bool], Result | list[Result]]] = {
     "fault-idle": fault_idle,
+    "fault-idle-polling": fault_idle_polling,
     "fault-under-stream": fault_under_stream,
     "random": fault_under_stream,
     "stream": stream_and_cpu,

@@ -19,7 +19,7 @@ from migrate.pair import COMMAND
 from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
-SCENARIOS = ["fault-idle", "fault-under-stream", "random", "stream", "cpu", "sequential"]
+SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
 SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking"]
 VALUE = {"stream", "cpu", "sequential"}
 BARE = {"random", "tracking"}
