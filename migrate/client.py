@@ -54,9 +54,9 @@ class DaemonClient:
         """Those begun last first."""
         return [MigrationStatus.model_validate(item) for item in self._call("GET", "/v1/migrations")]
 
-    def migrate(self, guest_id: str, destination: str, *, bulk: bool = True, **precopy: str | float | None) -> MigrationStatus:
-        """``precopy``: precopy, max_rounds, max_stale_bytes, deadline_seconds as the API has them."""
-        body = {"guest_id": guest_id, "destination": destination, "bulk": bulk, **precopy}
+    def migrate(self, guest_id: str, destination: str, *, bulk: bool = True, **options: str | float | None) -> MigrationStatus:
+        """``options``: streams, precopy, max_rounds, max_stale_bytes, deadline_seconds as the API has them."""
+        body = {"guest_id": guest_id, "destination": destination, "bulk": bulk, **options}
         return MigrationStatus.model_validate(self._call("POST", "/v1/migrations", body))
 
     def status(self, migration_id: str, *, settled_within_seconds: float = 0) -> MigrationStatus:

@@ -1,4 +1,4 @@
-"""The data connections of one migration: one urgent, and one of bulk."""
+"""The data connections of one migration: one urgent, and as many of bulk as both sides have agreed on."""
 
 import contextlib
 import socket
@@ -7,41 +7,59 @@ from migrate.errors import ConnectionLostError
 from migrate.network import has_ended
 from proto.preamble import ConnectionKind
 
-DATA_KINDS = (ConnectionKind.URGENT, ConnectionKind.BULK)
+URGENT = (ConnectionKind.URGENT, 0)
 
 
 class DataConnections:
-    """As they come; whoever made them all whole closes them with ``close``, when no loop uses them any more."""
+    """By kind and stream number, in the order in which the source dials them. Whoever holds it closes them with ``close``,
+    when no loop uses them any more."""
 
-    def __init__(self) -> None:
-        self._sockets: dict[ConnectionKind, socket.socket] = {}
+    def __init__(self, streams: int = 1) -> None:
+        self.streams = streams
+        self.wanted = (URGENT, *((ConnectionKind.BULK, stream) for stream in range(streams)))
+        self._sockets: dict[tuple[ConnectionKind, int], socket.socket | None] = {}
 
     @property
     def urgent(self) -> socket.socket:
-        return self._sockets[ConnectionKind.URGENT]
+        return self._of(*URGENT)
 
     @property
-    def bulk(self) -> socket.socket:
-        return self._sockets[ConnectionKind.BULK]
+    def bulk(self) -> list[socket.socket]:
+        return [self._of(ConnectionKind.BULK, stream) for stream in range(self.streams)]
 
-    def expects(self, kind: ConnectionKind) -> bool:
-        return kind in DATA_KINDS and kind not in self._sockets
+    def _of(self, kind: ConnectionKind, stream: int) -> socket.socket:
+        sock = self._sockets[kind, stream]
+        assert sock is not None
+        return sock
 
-    def add(self, kind: ConnectionKind, sock: socket.socket) -> None:
-        self._sockets[kind] = sock
+    def reserve(self, kind: ConnectionKind, stream: int) -> bool:
+        """Whether this one is awaited; from then on another of that name is not."""
+        name = (kind, stream)
+        if name not in self.wanted or name in self._sockets:
+            return False
+        self._sockets[name] = None
+        return True
+
+    def add(self, kind: ConnectionKind, stream: int, sock: socket.socket) -> None:
+        self._sockets[kind, stream] = sock
+
+    def name(self, kind: ConnectionKind, stream: int) -> str:
+        """``urgent``, ``bulk``, and of several ``bulk 2``."""
+        return kind.name.lower() + (f" {stream}" if kind is ConnectionKind.BULK and self.streams > 1 else "")
 
     def missing(self) -> list[str]:
-        return [kind.name.lower() for kind in DATA_KINDS if kind not in self._sockets]
+        return [self.name(*wanted) for wanted in self.wanted if self._sockets.get(wanted) is None]
 
     def lost(self) -> ConnectionLostError | None:
         """Of those whose loops are parked, and do not see that one has ended."""
-        for kind in DATA_KINDS:
-            if has_ended(self._sockets[kind]):
-                what = f"{kind.name.lower()} connection"
+        for wanted in self.wanted:
+            if has_ended(self._of(*wanted)):
+                what = f"{self.name(*wanted)} connection"
                 return ConnectionLostError(what, expected="to stay", got="its end before the switchover")
         return None
 
     def close(self) -> None:
         for sock in self._sockets.values():
-            with contextlib.suppress(OSError):
-                sock.close()
+            if sock is not None:
+                with contextlib.suppress(OSError):
+                    sock.close()

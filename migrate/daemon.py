@@ -38,7 +38,7 @@ from migrate.session import Migration
 from migrate.source import SourceMigration
 from migrate.switchover import Quiet
 from proto.errors import ProtocolError
-from proto.messages import Offer
+from proto.messages import STREAMS_MAX, Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
 from proto.states import AFTER_SWITCHOVER, CANCELLABLE, State
 
@@ -63,6 +63,7 @@ class Daemon:
         congestion_control: str | None = None,
         poll_ns: int = 0,
         socket_group: str | None = None,
+        streams_max: int = STREAMS_MAX,
     ) -> None:
         self.role = role
         self.runtime_dir = runtime_dir
@@ -80,6 +81,7 @@ class Daemon:
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
         self._listen_at, self._metrics_at = listen_at, metrics_at
         self._congestion_control, self._socket_group, self._poll_ns = congestion_control, socket_group, poll_ns
+        self._streams_max = streams_max
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._half_open = 0
@@ -133,7 +135,9 @@ class Daemon:
 
     # --- migrations -------------------------------------------------------------------------------------------------
 
-    def migrate(self, guest_id: str, address: Address, *, bulk: bool = True, precopy: PrecopyPolicy = AUTO) -> SourceMigration:
+    def migrate(
+        self, guest_id: str, address: Address, *, bulk: bool = True, precopy: PrecopyPolicy = AUTO, streams: int = 1
+    ) -> SourceMigration:
         """Start moving a guest away. Raises NotFoundError, GuestBusyError, ListenRefusedError."""
         guest = self.guests.get(guest_id)
         if guest is None:
@@ -150,6 +154,7 @@ class Daemon:
             self._migration_ended,
             bulk=bulk,
             precopy=precopy,
+            streams=streams,
             congestion_control=self._congestion_control,
             poll_ns=self._poll_ns,
         )
@@ -249,6 +254,7 @@ class Daemon:
                 self.room,
                 self._migration_ended,
                 poll_ns=self._poll_ns,
+                streams_max=self._streams_max,
             )
         )
 
@@ -260,11 +266,11 @@ class Daemon:
             code, got = AnswerCode.EPOCH_STALE, str(preamble.epoch)
         elif not hmac.compare_digest(preamble.token, migration.token):
             code, got = AnswerCode.TOKEN_WRONG, "another token"
-        elif preamble.stream_index != 0 or not migration.expects(preamble.kind):
-            code, got = AnswerCode.KIND_UNEXPECTED, preamble.kind.name.lower()
+        elif not migration.reserve(preamble.kind, preamble.stream_index):
+            code, got = AnswerCode.KIND_UNEXPECTED, f"{preamble.kind.name.lower()} {preamble.stream_index}"
         else:
             await answer(sock, AnswerCode.WELCOME)
-            migration.attach(preamble.kind, sock)
+            migration.attach(preamble.kind, preamble.stream_index, sock)
             return
         await answer(sock, code)
         name = code.name.lower().replace("_", "-")

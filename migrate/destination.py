@@ -9,6 +9,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from migrate import __version__
@@ -25,6 +26,7 @@ from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
+    STREAMS_MAX,
     Aborted,
     Accept,
     Cancel,
@@ -67,13 +69,14 @@ class DestinationMigration(Arrival):
         on_end: Callable[[Migration], None],
         *,
         poll_ns: int = 0,
+        streams_max: int = STREAMS_MAX,
     ) -> None:
         super().__init__(migration_id, peer, on_end)
         self.token = os.urandom(16)
         self.guest: GuestLink | None = None
         self._control = control
         self._take_guest = take_guest
-        self._poll_ns = poll_ns
+        self._poll_ns, self._streams_max = poll_ns, streams_max
         self._quiet = quiet
         self._room = room
         self._connections = DataConnections()
@@ -112,6 +115,9 @@ class DestinationMigration(Arrival):
         if guest.hello is not None and guest.hello.remove_means == "zero":
             self._plane.removed_is_zero()
         self._plane.poll(self._poll_ns)
+        self.streams = min(offer.streams, self._streams_max)
+        self._connections = DataConnections(self.streams)
+        self._plane.streams(self.streams)
         await empty(self, self._plane)
         await self._make_room(offer)
         self.pages_total = self._plane.figures()["pages_total"]
@@ -124,6 +130,7 @@ class DestinationMigration(Arrival):
                 clock_id=clock_id(),
                 software=f"postcopy {__version__}",
                 precopy=offer.precopy,
+                streams=self.streams,
             )
         )
         await self._attached_or_closed()
@@ -174,20 +181,21 @@ class DestinationMigration(Arrival):
             got = f"no {' and no '.join(self._connections.missing())}"
             raise DeadlineError("data connections", expected=f"urgent and bulk within {ATTACH_DEADLINE_SECONDS} s", got=got)
 
-    def expects(self, kind: ConnectionKind) -> bool:
-        return self.state is State.ATTACHING and self._connections.expects(kind)
+    def reserve(self, kind: ConnectionKind, stream: int) -> bool:
+        """Whether that data connection is awaited; ``attach`` is next, and any other of that number is not awaited any more."""
+        return self.state is State.ATTACHING and self._connections.reserve(kind, stream)
 
-    def attach(self, kind: ConnectionKind, sock: socket.socket) -> None:
-        """A data connection that has proven itself and is expected."""
-        if not self.expects(kind) or self._plane is None:  # lost while its welcome was on the way
+    def attach(self, kind: ConnectionKind, stream: int, sock: socket.socket) -> None:
+        """A data connection that has proven itself and is reserved."""
+        if self.state is not State.ATTACHING or self._plane is None:  # lost while its welcome was on the way
             sock.close()
             return
         plane = self._plane
-        self._connections.add(kind, sock)
+        self._connections.add(kind, stream, sock)
         if kind is ConnectionKind.URGENT:
             self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
         elif self._precopy:
-            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=True))
+            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), stream, precopy=True))
         if not self._connections.missing():
             self._attached.set_result(None)
 
@@ -230,9 +238,9 @@ class DestinationMigration(Arrival):
     def _begin_bulk(self) -> None:
         """Only now (P2): a page that came before the guest was paused is not final, and would stay in a guest that waits on."""
         assert self._plane is not None
-        plane, sock = self._plane, self._connections.bulk
         if not self._precopy:
-            self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=False))
+            for stream, sock in enumerate(self._connections.bulk):
+                self.start_loop("receive", partial(self._plane.receive_loop, sock.fileno(), stream, precopy=False))
 
     def _check_switchover(self, switchover: Switchover) -> None:
         """The last moment at which this side may say no; it is recorded before it is said (P4)."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from migrate.connections import DataConnections
 from migrate.control import ControlConnection
@@ -49,7 +51,8 @@ class Rounds:
 
     async def run(self, plane: SourcePlane, control: ControlConnection, connections: DataConnections) -> None:
         """Until another one is not worth it; then no precopied page is in flight any more."""
-        bulk = connections.bulk
+        bulk = [sock.fileno() for sock in connections.bulk]
+        sends = [partial(plane.precopy_send, sock, stream) for stream, sock in enumerate(bulk)]
         plane.track(self._guest.pagemap_fd)
         begun = time.monotonic()
         await self._call(control, plane.precopy_arm)
@@ -57,7 +60,7 @@ class Rounds:
             pages = plane.figures()["pages_pending"]
             populated = populated_bytes(self._guest.regions)
             control.send(Round(number=len(self.done) + 1, pages=pages, populated_bytes=populated))
-            await self._call(control, lambda: plane.precopy_send(bulk.fileno()))
+            await self._call(control, *sends)
             await self._call(control, plane.precopy_count)
             figures = plane.figures()
             written = figures["pages_written"], figures["bytes_written"]
@@ -67,29 +70,31 @@ class Rounds:
                 break
             await self._call(control, plane.precopy_collect)
         self._migration.switched_because = why
-        await self._call(control, lambda: plane.precopy_end(bulk.fileno()), awaited=Quiesced)
+        await self._call(control, *(partial(plane.precopy_end, sock) for sock in bulk), awaited=Quiesced)
         await self._quiesced(control, connections)
 
     async def _quiesced(self, control: ControlConnection, connections: DataConnections) -> None:
-        loop, bulk = asyncio.get_running_loop(), connections.bulk
+        loop = asyncio.get_running_loop()
 
-        def ended() -> None:
-            loop.remove_reader(bulk)
+        def ended(sock: socket.socket) -> None:
+            loop.remove_reader(sock)
             lost = ConnectionLostError("bulk connection", expected="to stay", got="its end before quiesced")
             loop.call_later(PEER_REASON_SECONDS, control.fail, lost)
 
-        loop.add_reader(bulk, ended)  # nothing comes by it now, and nobody else looks
+        for sock in connections.bulk:  # nothing comes by them now, and nobody else looks
+            loop.add_reader(sock, ended, sock)
         try:
             await control.receive(Quiesced)  # behind megabytes on a slow link: no deadline
         finally:
-            loop.remove_reader(bulk)
+            for sock in connections.bulk:
+                loop.remove_reader(sock)
 
     async def _call(
-        self, control: ControlConnection, call: Callable[[], LoopResult], *, awaited: type[Message] | None = None
+        self, control: ControlConnection, *calls: Callable[[], LoopResult], awaited: type[Message] | None = None
     ) -> None:
-        """One step of a round, given up as soon as the peer or the guest ends the migration, or the peer says anything but
-        what is ``awaited``: quiesced too early would leave precopied pages in flight."""
-        result = await control.beside(self._migration.on_own_thread("precopy", call), awaited)
+        """One step of a round, each call on a thread of its own. Given up as soon as one of them, the peer or the guest ends the
+        migration, or the peer says anything but what is ``awaited``: quiesced too early would leave precopied pages in flight."""
+        result = await control.beside(self._together(calls), awaited)
         if result.reason == "finished":
             return
         if result.reason == "peer-closed":
@@ -98,6 +103,21 @@ class Rounds:
                     await control.watch(awaited)
         control.check()
         raise lost("bulk", result) if result.reason == "peer-closed" else result.error()
+
+    async def _together(self, calls: Sequence[Callable[[], LoopResult]]) -> LoopResult:
+        """The first result that is not `finished`, else the last. What a failure leaves unfinished ends with the plane's stop."""
+        loop = asyncio.get_running_loop()
+        tasks = [loop.create_task(self._migration.on_own_thread("precopy", call)) for call in calls]
+        try:
+            for task in asyncio.as_completed(tasks):
+                result = await task
+                if result.reason != "finished":
+                    break
+            return result
+        finally:
+            for one in tasks:
+                one.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def lost(connection: str, result: LoopResult) -> ConnectionLostError:

@@ -104,6 +104,7 @@ class MigrationStatus(BaseModel):
     elapsed_seconds: float
     bytes_per_second: float
     eta_seconds: float | None
+    streams: Annotated[int, Field(description="Bulk connections; from `attaching` on as many as both daemons take.")]
     downtime_seconds: Annotated[
         float | None, Field(description="The guest's: last step at the source to first step at the destination.")
     ]
@@ -128,6 +129,7 @@ class Migration:
         self.error: ErrorFacts | None = None
         self.switched_because = ""
         self.pages_total = 0
+        self.streams = 1
         self.downtime_ns: int | None = None
         self.downtime_uncertainty_ns = 0
         self.faults: dict[FaultKind, LatencySummary] = {}
@@ -272,6 +274,7 @@ class Migration:
             elapsed_seconds=(now_ns - self._started_ns) / 1e9,
             bytes_per_second=moved_bytes / streaming_seconds if streaming_seconds > 0 else 0.0,
             eta_seconds=left / rate if rate > 0 and not self.settled else None,
+            streams=self.streams,
             downtime_seconds=None if self.downtime_ns is None else self.downtime_ns / 1e9,
             downtime_uncertainty_seconds=self.downtime_uncertainty_ns / 1e9,
             precopy=self.precopy_info(),

@@ -1,7 +1,7 @@
 """The source's half of a migration: offer, connect, switch over, serve pages until the destination has them all.
 
-Not handled yet: more than one bulk connection, recovery of a lost connection. A migration that loses one after the
-switchover is STALLED: the guest stays paused here, its pages kept.
+Not handled yet: recovery of a lost connection. A migration that loses one after the switchover is STALLED: the guest
+stays paused here, its pages kept.
 """
 
 import asyncio
@@ -9,10 +9,11 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from migrate import __version__
 from migrate.clock import PINGS, SAME_CLOCK, clock_id
-from migrate.connections import DATA_KINDS, DataConnections
+from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.errors import (
@@ -76,6 +77,7 @@ class SourceMigration(Migration):
         *,
         bulk: bool = True,
         precopy: PrecopyPolicy = AUTO,
+        streams: int = 1,
         congestion_control: str | None = None,
         poll_ns: int = 0,
     ) -> None:
@@ -92,6 +94,7 @@ class SourceMigration(Migration):
         self._control: ControlConnection | None = None
         self._plane: SourcePlane | None = None
         self._figures: dict[str, int] = {}
+        self.streams = streams if bulk else 1
         self._connections = DataConnections()
         self._clock = SAME_CLOCK
         self._paused = False
@@ -145,6 +148,7 @@ class SourceMigration(Migration):
                 clock_id=our_clock,
                 software=f"postcopy {__version__}",
                 precopy=self._rounds.tracked,
+                streams=self.streams,
             )
         )
         huge_bytes = sum(region.size_bytes for region in regions if region.page_bytes > 4096)
@@ -152,17 +156,27 @@ class SourceMigration(Migration):
         accept = await self._control.receive(Accept, deadline_seconds=accept_seconds)
         self.advance(Event.ACCEPTED)
         self._token = accept.token
+        self._agree_on_streams(accept)
         if self._rounds.tracked and not accept.precopy:
             self._rounds.give_up("the destination does not take part")
         if accept.clock_id != our_clock:
             self._clock = await self._control.measure_clock(PINGS, ANSWER_DEADLINE_SECONDS)
 
+    def _agree_on_streams(self, accept: Accept) -> None:
+        """As many as it takes, and no more than were offered. Raises ProtocolError."""
+        if accept.streams > self.streams:
+            raise ProtocolError("message-invalid", "accept streams", expected=f"<= {self.streams}", got=accept.streams)
+        assert self._plane is not None
+        self.streams = accept.streams
+        self._connections = DataConnections(self.streams)
+        self._plane.streams(self.streams)
+
     async def _attach(self) -> None:
         assert self._control is not None
         assert self._plane is not None
         plane = self._plane
-        for kind in DATA_KINDS:
-            self._connections.add(kind, await self._dial(kind, self._token))
+        for kind, stream in self._connections.wanted:
+            self._connections.add(kind, stream, await self._dial(kind, self._token, stream))
         urgent = self._connections.urgent
         self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
         await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)
@@ -178,8 +192,8 @@ class SourceMigration(Migration):
 
     def _begin_stream(self) -> None:
         assert self._plane is not None
-        plane, bulk = self._plane, self._connections.bulk
-        self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))
+        for stream, sock in enumerate(self._connections.bulk):
+            self.start_loop("stream", partial(self._plane.stream_loop, sock.fileno(), stream))
 
     # --- switchover -------------------------------------------------------------------------------------------------
 
@@ -261,9 +275,9 @@ class SourceMigration(Migration):
         if self._plane is not None:
             self._plane.open_bulk()
 
-    async def _dial(self, kind: ConnectionKind, token: bytes) -> socket.socket:
+    async def _dial(self, kind: ConnectionKind, token: bytes, stream: int = 0) -> socket.socket:
         sock = await connect(self._address, deadline_seconds=ANSWER_DEADLINE_SECONDS, congestion_control=self._congestion_control)
-        await greet(sock, Preamble(kind, self.migration_id, self.epoch, token=token), ANSWER_DEADLINE_SECONDS)
+        await greet(sock, Preamble(kind, self.migration_id, self.epoch, stream, token), ANSWER_DEADLINE_SECONDS)
         return sock
 
     # --- what can go wrong ------------------------------------------------------------------------------------------

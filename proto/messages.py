@@ -16,6 +16,7 @@ MESSAGE_BYTES_MAX = 1 << 20
 STATE_BYTES_MAX = 768 << 10
 REGIONS_MAX = 64
 PAGE_BYTES = (4096, 2 << 20, 1 << 30)
+STREAMS_MAX = 8
 DISCARD_RANGES_MAX = 256
 DISCARD_PAGES_MAX = 4096
 
@@ -29,6 +30,7 @@ Version = Annotated[int, Field(ge=0, lt=1 << 16)]
 Epoch = Annotated[int, Field(ge=0, lt=1 << 32)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 State = Annotated[bytes, Field(max_length=STATE_BYTES_MAX)]
+Streams = Annotated[int, Field(ge=1, le=STREAMS_MAX)]
 Populated = Annotated[list[Count], Field(max_length=REGIONS_MAX)] | None
 """Bytes of each region, in order, that hold anything at the source; None: it does not say."""
 
@@ -57,7 +59,7 @@ class OfferedRegion(Message):
 
 
 class Offer(Message):
-    """source -> destination, first: take this guest."""
+    """source -> destination, first: take this guest. ``streams``: bulk connections, at most."""
 
     type: Literal["offer"] = "offer"
     guest_id: Name
@@ -65,10 +67,11 @@ class Offer(Message):
     clock_id: Text
     software: Text
     precopy: bool = False
+    streams: Streams = 1
 
 
 class Accept(Message):
-    """destination -> source: a waiting guest fits; data connections prove themselves by the token."""
+    """destination -> source: a waiting guest fits; data connections prove themselves by the token, ``streams`` of them bulk."""
 
     type: Literal["accept"] = "accept"
     token: Annotated[bytes, Field(min_length=16, max_length=16)]
@@ -76,6 +79,7 @@ class Accept(Message):
     clock_id: Text
     software: Text
     precopy: bool = False
+    streams: Streams = 1
 
 
 class Refused(Message):

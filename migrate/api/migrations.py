@@ -131,7 +131,13 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
     )
     async def migrate(request: MigrateRequest, response: Response) -> MigrationStatus:
         """Answers at once; how it goes is told by `getMigration` and `streamMigrationEvents`."""
-        begun = daemon.migrate(request.guest_id, Address.parse(request.destination), bulk=request.bulk, precopy=request.policy())
+        begun = daemon.migrate(
+            request.guest_id,
+            Address.parse(request.destination),
+            bulk=request.bulk,
+            precopy=request.policy(),
+            streams=request.streams,
+        )
         response.headers["location"] = f"/v1/migrations/{begun.id}"
         return begun.status()
 

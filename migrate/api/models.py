@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 from migrate.guest_link import GuestState
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX, PrecopyPolicy
 from migrate.session import MigrationStatus
-from proto.messages import FaultKind, Name
+from proto.messages import FaultKind, Name, Streams
 from proto.states import Role, State
 
 PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
@@ -68,6 +68,7 @@ class MigrateRequest(BaseModel):
         float | None,
         Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy: after so long no further round begins."),
     ] = None
+    streams: Annotated[Streams, Field(description="Bulk connections, at most: the destination may take fewer.")] = 1
 
     def policy(self) -> PrecopyPolicy:
         rounds = {"auto": None, "off": 0}[self.precopy] if isinstance(self.precopy, str) else self.precopy

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from migrate.cli import runtime_dir_of
+from proto.messages import STREAMS_MAX
 
 SOURCE_METRICS = "127.0.0.1:9641"
 DESTINATION_METRICS = "127.0.0.1:9642"
@@ -48,7 +49,7 @@ def source(
     socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a source daemon: guests attach to it and are moved away from it."""
-    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, socket_group)
+    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, socket_group, STREAMS_MAX)
 
 
 def destination(
@@ -59,9 +60,12 @@ def destination(
     congestion_control: CongestionOption = None,
     poll: PollOption = POLL_MICROSECONDS,
     socket_group: SocketGroupOption = None,
+    max_streams: Annotated[
+        int, typer.Option(min=1, max=STREAMS_MAX, help="Bulk connections that a migration may have.")
+    ] = STREAMS_MAX,
 ) -> None:
     """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
-    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, socket_group)
+    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, socket_group, max_streams)
 
 
 def _run(
@@ -73,6 +77,7 @@ def _run(
     congestion_control: str | None,
     poll_microseconds: int,
     socket_group: str | None,
+    streams_max: int,
 ) -> None:
     import uvloop
 
@@ -89,6 +94,7 @@ def _run(
             congestion_control=congestion_control,
             poll_ns=poll_microseconds * 1000,
             socket_group=socket_group,
+            streams_max=streams_max,
         )
         await daemon.serve()
 

@@ -16,6 +16,7 @@ from migrate.errors import PostcopyError
 from migrate.guest.memory import size_bytes_of
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX
 from migrate.session import MigrationStatus
+from proto.messages import STREAMS_MAX
 
 LINE_SECONDS = 1.0
 
@@ -42,6 +43,7 @@ def migrate(
         float | None,
         typer.Option(min=0.001, max=DEADLINE_SECONDS_MAX, help="Seconds of precopy after which no further round begins."),
     ] = None,
+    streams: Annotated[int, typer.Option(min=1, max=STREAMS_MAX, help="Bulk connections, if the destination takes so many.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Move a guest to another daemon, and show how it goes until it is whole there."""
@@ -50,6 +52,7 @@ def migrate(
         "max_rounds": max_rounds,
         "max_stale_bytes": size_bytes_of(max_stale),
         "deadline_seconds": deadline,
+        "streams": streams,
     }
     with DaemonClient(runtime_dir_of(daemon)) as client:
         begun = client.migrate(guest, to, bulk=bulk, **options)

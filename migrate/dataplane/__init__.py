@@ -209,8 +209,12 @@ class DestinationPlane(_Plane):
     def fault_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("fault", lib.fault_loop, urgent_socket)
 
-    def receive_loop(self, bulk_socket: int, *, precopy: bool) -> LoopResult:
-        return self._run("receive", lib.receive_loop, bulk_socket, precopy)
+    def streams(self, streams: int) -> None:
+        """Before the loops begin: so many bulk connections there are."""
+        lib.destination_streams(self._pointer, streams)
+
+    def receive_loop(self, bulk_socket: int, stream: int, *, precopy: bool) -> LoopResult:
+        return self._run("receive", lib.receive_loop, bulk_socket, stream, precopy)
 
     def open(self) -> None:
         """The guest has been resumed here: what comes unasked from now on is final (P2)."""
@@ -232,7 +236,7 @@ class DestinationPlane(_Plane):
 
     @property
     def marked_fd(self) -> int:
-        """Readable once no precopied byte is in flight."""
+        """Readable once no precopied byte is in flight, on any connection."""
         return int(lib.destination_marked_fd(self._pointer))
 
     @property
@@ -263,6 +267,10 @@ class SourcePlane(_Plane):
         """Before the loops begin: how long the serve loop looks for requests before it sleeps, at most."""
         lib.source_poll(self._pointer, poll_ns)
 
+    def streams(self, streams: int) -> None:
+        """Before precopy and before the loops begin: so many bulk connections there are."""
+        lib.source_streams(self._pointer, streams)
+
     def track(self, pagemap_fd: int) -> None:
         """Precopy is next: what the guest writes is seen through its pagemap, borrowed until ``close``."""
         if error_number := lib.source_track(self._pointer, pagemap_fd):
@@ -276,9 +284,9 @@ class SourcePlane(_Plane):
     def precopy_arm(self) -> LoopResult:
         return self._run("precopy", lib.precopy_arm)
 
-    def precopy_send(self, bulk_socket: int) -> LoopResult:
-        """One round: all that is pending."""
-        return self._run("precopy", lib.precopy_send, bulk_socket)
+    def precopy_send(self, bulk_socket: int, stream: int) -> LoopResult:
+        """One round: all that is pending and belongs to this connection."""
+        return self._run("precopy", lib.precopy_send, bulk_socket, stream)
 
     def precopy_count(self) -> LoopResult:
         return self._run("precopy", lib.precopy_count)
@@ -287,7 +295,7 @@ class SourcePlane(_Plane):
         return self._run("precopy", lib.precopy_collect)
 
     def precopy_end(self, bulk_socket: int) -> LoopResult:
-        """The mark: no precopied page follows."""
+        """The mark: no precopied page follows on this connection."""
         return self._run("precopy", lib.precopy_end, bulk_socket)
 
     def discarded(self, region: int, page_index: int, page_count: int) -> None:
@@ -297,8 +305,8 @@ class SourcePlane(_Plane):
     def serve_loop(self, urgent_socket: int) -> LoopResult:
         return self._run("serve", lib.serve_loop, urgent_socket)
 
-    def stream_loop(self, bulk_socket: int) -> LoopResult:
-        return self._run("stream", lib.stream_loop, bulk_socket)
+    def stream_loop(self, bulk_socket: int, stream: int) -> LoopResult:
+        return self._run("stream", lib.stream_loop, bulk_socket, stream)
 
     def open(self) -> None:
         """The guest is paused for good: its pages are final and may be sent (P2)."""

@@ -15,6 +15,7 @@
 #include "histogram.h"
 
 #define REGIONS_MAX 64
+#define STREAMS_MAX 8 /* bulk connections of a migration */
 
 /* One contiguous range of guest memory with one page size. */
 struct memory_region {
@@ -107,9 +108,12 @@ void destination_stop(struct destination *destination);
 int destination_final_fd(const struct destination *destination);
 
 void fault_loop(struct destination *destination, int urgent_socket, struct loop_result *result);
-/* A bulk connection. precopy: pages are held until the source's mark has come on it, then it parks until destination_open. */
-void receive_loop(struct destination *destination, int bulk_socket, bool precopy, struct loop_result *result);
-/* Readable once the mark has come: no precopied byte is in flight. */
+/* Before the loops begin: so many bulk connections there are, each with a receive_loop; 1 (the default) to STREAMS_MAX. */
+void destination_streams(struct destination *destination, uint32_t streams);
+/* Bulk connection `stream`, from 0. precopy: pages are held until the source's mark has come on it, then it parks until
+ * destination_open, all but the first one until the stale set, which comes by that, has been applied. */
+void receive_loop(struct destination *destination, int bulk_socket, uint32_t stream, bool precopy, struct loop_result *result);
+/* Readable once the mark has come on every one: no precopied byte is in flight, their loops are parked. */
 int destination_marked_fd(const struct destination *destination);
 /* The guest has been resumed here: what comes unasked from now on is final. */
 void destination_open(struct destination *destination);
@@ -166,21 +170,24 @@ void source_poll(struct source *source, uint64_t poll_ns);
 void source_stop(struct source *source);
 /* The guest is paused for good: its memory is final. Until then serve_loop answers nothing (promise P2). */
 void source_open(struct source *source);
-/* Let stream_loop begin. */
+/* Before the loops begin and before precopy: so many bulk connections there are; 1 (the default) to STREAMS_MAX. */
+void source_streams(struct source *source, uint32_t streams);
+/* Let every stream_loop begin. */
 void source_open_bulk(struct source *source);
 
 /* Precopy, before the loops begin: pagemap_fd is the guest's /proc/self/pagemap, its memory registered for asynchronous write
- * protection. 0 or ENOMEM. Then, one after the other, each LOOP_FINISHED or what is wrong:
+ * protection. 0 or ENOMEM. Then, one after the other, each LOOP_FINISHED or what is wrong; precopy_send and precopy_end once
+ * for each bulk connection, at the same time if the caller likes:
  *   precopy_check     before source_track: does this pagemap show what is written in all of the memory?
  *   precopy_arm       write-protect all; the first round is all pages
- *   precopy_send      send what is pending in this round
+ *   precopy_send      send what is pending in this round and belongs to this connection (partition.h)
  *   precopy_count     how much has been written since (pages_written, bytes_written), and is all of it still tracked; nothing is changed
  *   precopy_collect   that is the next round
  *   precopy_end       the mark: no precopied page follows on this connection */
 int source_track(struct source *source, int pagemap_fd);
 void precopy_check(struct source *source, int pagemap_fd, struct loop_result *result);
 void precopy_arm(struct source *source, struct loop_result *result);
-void precopy_send(struct source *source, int bulk_socket, struct loop_result *result);
+void precopy_send(struct source *source, int bulk_socket, uint32_t stream, struct loop_result *result);
 void precopy_count(struct source *source, struct loop_result *result);
 void precopy_collect(struct source *source, struct loop_result *result);
 void precopy_end(struct source *source, int bulk_socket, struct loop_result *result);
@@ -189,7 +196,8 @@ void precopy_end(struct source *source, int bulk_socket, struct loop_result *res
 void source_discarded(struct source *source, uint32_t region, uint64_t page_index, uint64_t page_count);
 
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result);
-void stream_loop(struct source *source, int bulk_socket, struct loop_result *result);
+/* Bulk connection `stream`, from 0. */
+void stream_loop(struct source *source, int bulk_socket, uint32_t stream, struct loop_result *result);
 
 void source_read(const struct source *source, struct source_figures *figures);
 

@@ -26,13 +26,16 @@ struct destination *destination_create(const struct memory_region *regions, uint
         return NULL;
     }
     destination->userfaultfd = userfaultfd;
+    destination->streams = 1;
     atomic_init(&destination->map_steer, STEER_NONE);
     atomic_init(&destination->bulk_next, STEER_NONE);
     destination->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->final_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->marked_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    bool descriptors = destination->stop_fd >= 0 && destination->final_fd >= 0 && destination->marked_fd >= 0 && destination->open_fd >= 0;
+    destination->judged_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    bool descriptors = destination->stop_fd >= 0 && destination->final_fd >= 0 && destination->marked_fd >= 0 &&
+                       destination->open_fd >= 0 && destination->judged_fd >= 0;
     *error_number = descriptors ? memory_init(&destination->memory, regions, region_count) : errno;
     if (*error_number == 0)
         *error_number = memory_map_aliases(&destination->memory);
@@ -51,7 +54,7 @@ struct destination *destination_create(const struct memory_region *regions, uint
 void destination_destroy(struct destination *destination)
 {
     memory_deinit(&destination->memory);
-    int descriptors[] = {destination->stop_fd, destination->final_fd, destination->marked_fd, destination->open_fd};
+    int descriptors[] = {destination->stop_fd, destination->final_fd, destination->marked_fd, destination->open_fd, destination->judged_fd};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
@@ -63,6 +66,11 @@ void destination_destroy(struct destination *destination)
 void destination_poll(struct destination *destination, uint64_t poll_ns)
 {
     destination->poll_ns = poll_ns;
+}
+
+void destination_streams(struct destination *destination, uint32_t streams)
+{
+    destination->streams = streams;
 }
 
 void destination_stop(struct destination *destination)

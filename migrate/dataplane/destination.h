@@ -21,15 +21,18 @@ struct destination {
     int userfaultfd;
     int stop_fd;
     int final_fd;
-    int marked_fd; /* readable: the mark has come */
+    int marked_fd; /* readable: the marks of all bulk connections have come, their loops are parked */
     int open_fd;   /* readable: the guest has been resumed here */
+    int judged_fd; /* readable: the stale set has been applied */
+    uint32_t streams; /* bulk connections */
+    _Atomic uint32_t marks; /* that have come */
     uint64_t poll_ns; /* how long the fault loop looks before it sleeps, at most */
     page_byte *state;
     _Atomic uint8_t *copies;
     _Atomic uint64_t map_steer; /* flat page of the last local fault: where to map ahead next; STEER_NONE */
     _Atomic bool opened; /* the guest has been resumed here */
     _Atomic uint64_t bulk_next; /* flat page behind the last run that came by bulk: where the next one is likely; STEER_NONE */
-    uint64_t judged_final; /* by the stale set; only the bulk loop that takes it */
+    uint64_t judged_final; /* by the stale set; only the loop of the first bulk connection, that takes it */
     bool removed_is_zero;  /* what a REMOVE event means for pages not here yet; else nothing */
     _Atomic uint32_t events_turn; /* odd: events have been read, or are being read, and are not all applied (discard.c) */
     struct waiting waiting;

@@ -1,6 +1,6 @@
 /* See precopied.h.
  *
- * P1: a round's page is written under its claim as every page is; over one connection its copies come in order.
+ * P1: a round's page is written under its claim as every page is; its copies come over one connection, in order (partition.h).
  * P2: what is held is in the page cache and nobody's: a fault that finds it asks the source. The stale set, which the source
  * makes once the guest is paused for good, turns each held page into a final or a lacking one, and no other.
  * A page that becomes zero in a later round still has its old bytes in the file: they go before the state says zero. */
@@ -8,6 +8,7 @@
 
 #include <poll.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 
 #include "resolve.h"
 #include "result.h"
@@ -158,6 +159,7 @@ static bool map_ahead(struct destination *destination, struct loop_result *resul
 bool settle_end(struct destination *destination, struct channel *channel, struct loop_result *result)
 {
     atomic_store_explicit(&destination->settled_ns, clock_monotonic_ns(), memory_order_relaxed);
+    eventfd_write(destination->judged_fd, 1);
     if (!verdict_send(channel, &destination->memory, FRAME_LACKS, is_lacking, destination, destination->stop_fd, result) ||
         !map_ahead(destination, result))
         return false;

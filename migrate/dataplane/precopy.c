@@ -1,11 +1,12 @@
 /* Precopy at the source, round by round, while the guest runs: what has been written since the last round is sent again.
  *
  * A page is armed before its pending mark is taken, and that before it is read: a write that comes after is found by the
- * next scan. Whoever calls decides when another round is worth it (migrate/precopy.py). A round sends a page once, so over
- * one connection the copies of a page arrive in the order of the rounds. */
+ * next scan. Whoever calls decides when another round is worth it (migrate/precopy.py). A round sends a page once, and always
+ * over the same connection (partition.h), so the copies of a page arrive in the order of the rounds. */
 #include <stdlib.h>
 
 #include "dirty.h"
+#include "partition.h"
 #include "result.h"
 #include "schedule.h"
 #include "source.h"
@@ -90,20 +91,22 @@ void source_discarded(struct source *source, uint32_t region, uint64_t page_inde
     count(&source->pages_pending, newly);
 }
 
-/* The next pending page at or behind this one; page_total when there is none. */
-static uint64_t next_pending(const struct source *source, uint64_t page)
+/* The next pending page of ours at or behind *page, which is moved there; *end as in partition_next. False: there is none. */
+static bool next_pending(const struct source *source, const struct partition *ours, uint64_t *page, uint64_t *end)
 {
-    while (page < source->memory.page_total && !atomic_load_explicit(&source->pending[page], memory_order_relaxed))
-        page++;
-    return page;
+    for (; partition_next(ours, page, end); *page = *end)
+        for (; *page < *end; (*page)++)
+            if (atomic_load_explicit(&source->pending[*page], memory_order_relaxed))
+                return true;
+    return false;
 }
 
-static bool send_pending(struct run_sender *sender, uint64_t *page, struct loop_result *result)
+static bool send_pending(struct run_sender *sender, uint64_t *page, uint64_t end, struct loop_result *result)
 {
     struct source *source = sender->source;
     const struct region *region = region_of_page(source, *page);
     uint64_t page_index = *page - region->first_page, run_pages = 0, run_pages_max = sender->buffer_bytes / region->memory.page_bytes;
-    while (run_pages < run_pages_max && page_index + run_pages < region->page_count &&
+    while (run_pages < run_pages_max && *page + run_pages < end &&
            atomic_exchange_explicit(&source->pending[*page + run_pages], 0, memory_order_relaxed))
         run_pages++;
     atomic_fetch_sub_explicit(&source->pages_pending, run_pages, memory_order_relaxed);
@@ -111,7 +114,7 @@ static bool send_pending(struct run_sender *sender, uint64_t *page, struct loop_
     return run_send(sender, region, page_index, run_pages, result);
 }
 
-void precopy_send(struct source *source, int bulk_socket, struct loop_result *result)
+void precopy_send(struct source *source, int bulk_socket, uint32_t stream, struct loop_result *result)
 {
     result_reset(result);
     struct run_sender sender;
@@ -123,9 +126,10 @@ void precopy_send(struct source *source, int bulk_socket, struct loop_result *re
     thread_named("precopy");
     schedule_bulk();
     result->reason = LOOP_FINISHED;
-    uint64_t page = next_pending(source, 0);
-    while (page < source->memory.page_total && send_pending(&sender, &page, result))
-        page = next_pending(source, page);
+    struct partition ours = {.memory = &source->memory, .stream = stream, .streams = source->streams};
+    uint64_t page = 0, end;
+    while (next_pending(source, &ours, &page, &end) && send_pending(&sender, &page, end, result))
+        ;
     run_sender_deinit(&sender);
 }
 

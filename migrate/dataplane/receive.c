@@ -1,7 +1,9 @@
 /* The receive loop: a bulk connection at the destination. Waits, receives, takes what is whole (inbox.c, destination.c).
  *
  * After precopy it parks between the source's mark and the guest's resumption here: nothing else runs in a switchover, and
- * nothing is mapped in a guest that may still be refused (P2).
+ * nothing is mapped in a guest that may still be refused (P2). The last one to park says so for all: only then is nothing in
+ * flight. The first connection brings the stale set; the others stay parked until it has been applied, since a page that is
+ * still held would refuse its final content (a source that heeds the protocol sends none before it knows what is lacking).
  * Not handled: pages larger than the hot buffer in chunks (FRAME_FLAG_MORE is refused). */
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -16,19 +18,21 @@ static bool receive_round(struct inbox *inbox, struct destination *destination, 
            inbox_take(inbox, destination, result);
 }
 
-static bool receive_precopy(struct inbox *inbox, struct destination *destination, struct loop_result *result)
+static bool receive_precopy(struct inbox *inbox, struct destination *destination, uint32_t stream, struct loop_result *result)
 {
     while (inbox->phase == INBOX_PRECOPY)
         if (!receive_round(inbox, destination, result))
             return false;
-    eventfd_write(destination->marked_fd, 1);
-    if (!wait_ready(destination->open_fd, POLLIN, destination->stop_fd, result))
+    if (atomic_fetch_add(&destination->marks, 1) + 1 == destination->streams)
+        eventfd_write(destination->marked_fd, 1);
+    int unpark_fd = stream == 0 ? destination->open_fd : destination->judged_fd;
+    if (!wait_ready(unpark_fd, POLLIN, destination->stop_fd, result))
         return false;
-    inbox->phase = INBOX_STALE;
+    inbox->phase = stream == 0 ? INBOX_STALE : INBOX_FINAL;
     return inbox_take_buffered(inbox, destination, result);
 }
 
-void receive_loop(struct destination *destination, int bulk_socket, bool precopy, struct loop_result *result)
+void receive_loop(struct destination *destination, int bulk_socket, uint32_t stream, bool precopy, struct loop_result *result)
 {
     result_reset(result);
     struct inbox inbox;
@@ -40,7 +44,7 @@ void receive_loop(struct destination *destination, int bulk_socket, bool precopy
     thread_named("receive");
     schedule_bulk();
     inbox.phase = precopy ? INBOX_PRECOPY : INBOX_FINAL;
-    if (!precopy || receive_precopy(&inbox, destination, result))
+    if (!precopy || receive_precopy(&inbox, destination, stream, result))
         while (receive_round(&inbox, destination, result))
             ;
     inbox_deinit(&inbox);

@@ -21,11 +21,13 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
         return NULL;
     }
     atomic_init(&source->steer, STEER_NONE);
+    source->streams = 1;
     source->pagemap_fd = -1;
     source->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     source->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     source->open_bulk_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    bool descriptors = source->stop_fd >= 0 && source->open_fd >= 0 && source->open_bulk_fd >= 0;
+    source->settled_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    bool descriptors = source->stop_fd >= 0 && source->open_fd >= 0 && source->open_bulk_fd >= 0 && source->settled_fd >= 0;
     *error_number = descriptors ? memory_init(&source->memory, regions, region_count) : errno;
     if (*error_number == 0) {
         source->sent = calloc(source->memory.page_total, sizeof(*source->sent));
@@ -40,7 +42,7 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
 void source_destroy(struct source *source)
 {
     memory_deinit(&source->memory);
-    int descriptors[] = {source->stop_fd, source->open_fd, source->open_bulk_fd};
+    int descriptors[] = {source->stop_fd, source->open_fd, source->open_bulk_fd, source->settled_fd};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
@@ -52,6 +54,11 @@ void source_destroy(struct source *source)
 void source_poll(struct source *source, uint64_t poll_ns)
 {
     source->poll_ns = poll_ns;
+}
+
+void source_streams(struct source *source, uint32_t streams)
+{
+    source->streams = streams;
 }
 
 void source_stop(struct source *source)

@@ -12,11 +12,14 @@ struct source {
     uint64_t poll_ns; /* how long the serve loop looks before it sleeps, at most */
     int open_fd;      /* readable: the guest is paused, its memory is final */
     int open_bulk_fd; /* readable: bulk may begin */
+    int settled_fd;   /* readable: after precopy, the destination has said what it lacks */
+    uint32_t streams; /* bulk connections */
     _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path since the guest was paused */
     int pagemap_fd;         /* of the guest, borrowed; -1: no precopy */
     _Atomic uint8_t *pending; /* precopy, one byte a page: to be sent in this round; after the pause: stale */
     _Atomic bool streaming; /* bulk sends: what nobody has asked for may go out */
-    _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind a fault (serve.c); STEER_NONE */
+    _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind a fault (serve.c); STEER_NONE. Who takes it goes there */
+    _Atomic int32_t rounds_of_faults; /* so many runs more of bulk are small ones */
 #define X(name) _Atomic uint64_t name;
     SOURCE_COUNTERS(X)
 #undef X

@@ -1,10 +1,12 @@
-/* The stream loop: the bulk connection at the source. After precopy it first settles what the destination has (settle.c).
- * Then it sends every page that has not gone out yet, in runs, starting behind the last fault and wrapping around; zero pages
- * as a marker.
+/* The stream loop: a bulk connection at the source. After precopy the first one settles what the destination has (settle.c), while
+ * the others wait: until they know what is lacking they have nothing to send. Then each sends what has not gone out yet, in runs,
+ * wrapping around; zero pages as a marker. They begin at places of their own, and one of them, whichever comes first, goes on
+ * behind a fault.
  *
  * A page is marked sent before it is read: the mark says who sends it by bulk. A page that was asked for meanwhile goes
  * out by both paths at worst, and the destination drops the later copy. */
 #include <poll.h>
+#include <sys/eventfd.h>
 
 #include "result.h"
 #include "schedule.h"
@@ -17,7 +19,6 @@ struct stream_context {
     struct source *source;
     struct run_sender sender;
     uint64_t cursor; /* flat page */
-    uint32_t rounds_of_faults; /* so many rounds more in small runs */
 };
 
 /* The next page not sent yet at or behind the cursor, wrapping around; page_total when there is none. */
@@ -33,14 +34,21 @@ static uint64_t next_unsent(const struct source *source, uint64_t cursor)
     return total;
 }
 
+/* Has there been a fault a little while ago? Each connection's next runs count: a page asked for waits behind all of them. */
+static bool faults_come(struct source *source, bool now)
+{
+    if (now)
+        atomic_store_explicit(&source->rounds_of_faults, (int32_t)(ROUNDS_AFTER_FAULT * source->streams), memory_order_relaxed);
+    else if (atomic_load_explicit(&source->rounds_of_faults, memory_order_relaxed) > 0) /* two may see the last one: below 0 is none too */
+        atomic_fetch_sub_explicit(&source->rounds_of_faults, 1, memory_order_relaxed);
+    return atomic_load_explicit(&source->rounds_of_faults, memory_order_relaxed) > 0;
+}
+
 static bool stream_round(struct stream_context *context, struct loop_result *result)
 {
     struct source *source = context->source;
     uint64_t steer = atomic_exchange_explicit(&source->steer, STEER_NONE, memory_order_relaxed);
-    if (steer != STEER_NONE)
-        context->rounds_of_faults = ROUNDS_AFTER_FAULT;
-    else if (context->rounds_of_faults > 0)
-        context->rounds_of_faults--;
+    bool small_runs = faults_come(source, steer != STEER_NONE);
     if (steer != STEER_NONE && steer < source->memory.page_total && steer != context->cursor) {
         context->cursor = steer;
         count(&source->steers, 1);
@@ -50,7 +58,7 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
         return result_fail(result, LOOP_FINISHED, 0, "stream");
     const struct region *region = region_of_page(source, page);
     uint64_t page_index = page - region->first_page;
-    uint64_t run_bytes_max = context->rounds_of_faults > 0 ? RUN_BYTES_FAULTS : context->sender.buffer_bytes;
+    uint64_t run_bytes_max = small_runs ? RUN_BYTES_FAULTS : context->sender.buffer_bytes;
     uint64_t run_pages_max = run_bytes_max < region->memory.page_bytes ? 1 : run_bytes_max / region->memory.page_bytes;
     uint64_t run_pages = 0;
     while (run_pages < run_pages_max && page_index + run_pages < region->page_count && source_mark_sent(source, page + run_pages))
@@ -62,18 +70,23 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
 }
 
 /* After precopy: beside the guest's first steps at the destination, not before them. */
-static bool settled(struct stream_context *context, struct loop_result *result)
+static bool settled(struct stream_context *context, uint32_t stream, struct loop_result *result)
 {
     struct source *source = context->source;
     if (source->pagemap_fd < 0)
         return true;
-    return wait_ready(source->open_fd, POLLIN, source->stop_fd, result) && source_settle(source, &context->sender.channel, result);
+    if (stream != 0)
+        return wait_ready(source->settled_fd, POLLIN, source->stop_fd, result);
+    if (!wait_ready(source->open_fd, POLLIN, source->stop_fd, result) || !source_settle(source, &context->sender.channel, result))
+        return false;
+    eventfd_write(source->settled_fd, 1);
+    return true;
 }
 
-void stream_loop(struct source *source, int bulk_socket, struct loop_result *result)
+void stream_loop(struct source *source, int bulk_socket, uint32_t stream, struct loop_result *result)
 {
     result_reset(result);
-    struct stream_context context = {.source = source};
+    struct stream_context context = {.source = source, .cursor = source->memory.page_total / source->streams * stream};
     int error_number = run_sender_init(&context.sender, source, bulk_socket, RUN_BULK);
     if (error_number != 0) {
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
@@ -81,7 +94,7 @@ void stream_loop(struct source *source, int bulk_socket, struct loop_result *res
     }
     thread_named("stream");
     schedule_bulk();
-    if (settled(&context, result) && wait_ready(source->open_bulk_fd, POLLIN, source->stop_fd, result)) {
+    if (settled(&context, stream, result) && wait_ready(source->open_bulk_fd, POLLIN, source->stop_fd, result)) {
         atomic_store_explicit(&source->streaming, true, memory_order_release); /* not before: what is lacking is known only now */
         while (stream_round(&context, result))
             ;

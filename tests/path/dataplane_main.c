@@ -81,7 +81,7 @@ static void *run_fault(void *of)
 static void *run_receive(void *of)
 {
     struct move *move = of;
-    receive_loop(move->destination, move->bulk[0], false, &move->receive_result);
+    receive_loop(move->destination, move->bulk[0], 0, false, &move->receive_result);
     return NULL;
 }
 static void *run_serve(void *of)
@@ -93,7 +93,7 @@ static void *run_serve(void *of)
 static void *run_stream(void *of)
 {
     struct move *move = of;
-    stream_loop(move->source, move->bulk[1], &move->stream_result);
+    stream_loop(move->source, move->bulk[1], 0, &move->stream_result);
     return NULL;
 }
 
@@ -306,7 +306,7 @@ static struct loop_result result_of_bulk_frames(struct move *move, const struct 
 {
     move_begin(move);
     send_exactly(move->bulk[1], frames, frame_count * sizeof(*frames));
-    receive_loop(move->destination, move->bulk[0], false, &move->receive_result);
+    receive_loop(move->destination, move->bulk[0], 0, false, &move->receive_result);
     move_end(move);
     return move->receive_result;
 }

@@ -100,7 +100,7 @@ static void finished(const struct loop_result *result)
 static void *run_receive_precopy(void *of)
 {
     struct move *move = of;
-    receive_loop(move->destination, move->bulk[0], true, &move->receive_result);
+    receive_loop(move->destination, move->bulk[0], 0, true, &move->receive_result);
     return NULL;
 }
 
@@ -111,7 +111,7 @@ static void rounds_sent(struct tracked *tracked, uint64_t *seed)
     precopy_arm(move->source, &result);
     finished(&result);
     for (uint64_t round = next_random(seed) % ROUNDS_MAX;; round--) {
-        precopy_send(move->source, move->bulk[1], &result);
+        precopy_send(move->source, move->bulk[1], 0, &result);
         finished(&result);
         precopy_count(move->source, &result);
         finished(&result);
