@@ -83,6 +83,32 @@ IN_PRECOPY: dict[str, tuple[Mutation, ...]] = {
     ),
 }
 
+# removed from what several bulk connections have in common: scenario, and the removal
+IN_STREAMS: dict[str, tuple[tuple[str, ...], tuple[Mutation, ...]]] = {
+    "P1 the copies of a page keep to one connection": (
+        ("order",),
+        (
+            Mutation("migrate/dataplane/precopy.c", ".stream = stream,", ".stream = (stream + rounds) % source->streams,"),
+            Mutation("migrate/dataplane/precopy.c", "int source_track(", "static uint32_t rounds;\nint source_track("),
+            Mutation("migrate/dataplane/precopy.c", "    uint64_t newly = 0;\n", "    uint64_t newly = 0;\n    rounds++;\n"),
+        ),
+    ),
+    "P2 quiesced waits for the marks of all": (
+        PRECOPY_MOVES,
+        (Mutation("migrate/dataplane/receive.c", " + 1 == destination->streams)", " == 0)"),),
+    ),
+    "P2 bulk waits on every connection for what is lacking": (
+        PRECOPY_MOVES,
+        (
+            Mutation(
+                "migrate/dataplane/stream.c",
+                "        return wait_ready(source->settled_fd, POLLIN, source->stop_fd, result);\n",
+                "        return true;\n",
+            ),
+        ),
+    ),
+}
+
 
 def run_c(program: Path, *scenario: str) -> subprocess.CompletedProcess[str]:
     command = [str(program), *scenario]
@@ -108,13 +134,23 @@ def test_guard_in_c(guard: str, whole_c: Path, repository: Path, tmp_path: Path)
 @pytest.fixture(scope="module")
 def precopying(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     """With every guard it holds."""
-    held = run_c(build_c(repository, tmp_path_factory.mktemp("precopy"), main=PRECOPY_MAIN), *PRECOPY_MOVES)
-    assert (held.returncode, held.stdout) == (0, "precopy: held\n"), held.stderr
+    whole = build_c(repository, tmp_path_factory.mktemp("precopy"), main=PRECOPY_MAIN)
+    for scenario, said in ((PRECOPY_MOVES, "precopy: held\n"), (("order",), "order: held\n")):
+        held = run_c(whole, *scenario)
+        assert (held.returncode, held.stdout) == (0, said), held.stderr
 
 
 @pytest.mark.parametrize("guard", IN_PRECOPY)
 def test_guard_of_precopy(guard: str, precopying: None, repository: Path, tmp_path: Path) -> None:
     broken = run_c(build_c(repository, tmp_path, *IN_PRECOPY[guard], main=PRECOPY_MAIN), *PRECOPY_MOVES)
+    assert broken.returncode == 1
+    assert "failed:" in broken.stderr
+
+
+@pytest.mark.parametrize("guard", IN_STREAMS)
+def test_guard_of_streams(guard: str, precopying: None, repository: Path, tmp_path: Path) -> None:
+    scenario, removal = IN_STREAMS[guard]
+    broken = run_c(build_c(repository, tmp_path, *removal, main=PRECOPY_MAIN), *scenario)
     assert broken.returncode == 1
     assert "failed:" in broken.stderr
 

@@ -1,5 +1,5 @@
 /* The data plane without Python: the same objects under a plain C main, so that sanitizers see every loop.
- *   dataplane-main SCENARIO...   moves | faults-only | late-copies | hugetlb | bad-frames | readahead | patience
+ *   dataplane-main SCENARIO...   moves | streams | faults-only | late-copies | hugetlb | bad-frames | readahead | patience
  * One process holds both halves and the guest's threads (that is safe in C; in Python it would deadlock on the GIL).
  * Exit 0: all that was asked for held. 77: the machine lacks it (hugetlb). */
 #include <pthread.h>
@@ -29,8 +29,19 @@
 
 #define TOUCHERS 2
 
+/* A bulk connection beside the first one. */
+struct another {
+    struct move *move;
+    uint32_t stream;
+    int bulk[2];
+    struct loop_result receive_result, stream_result, step_result;
+    pthread_t receive, streamed, step;
+};
+
 struct move {
     uint64_t page_count, page_bytes;
+    uint32_t others; /* bulk connections beside the first one */
+    struct another other[STREAMS_MAX - 1];
     bool hugetlb;
     int source_fd, destination_fd, userfaultfd;
     char *guest;
@@ -97,6 +108,41 @@ static void *run_stream(void *of)
     return NULL;
 }
 
+static void *run_another_receive(void *of)
+{
+    struct another *another = of;
+    receive_loop(another->move->destination, another->bulk[0], another->stream, false, &another->receive_result);
+    return NULL;
+}
+static void *run_another_stream(void *of)
+{
+    struct another *another = of;
+    stream_loop(another->move->source, another->bulk[1], another->stream, &another->stream_result);
+    return NULL;
+}
+
+static void others_connected(struct move *move)
+{
+    destination_streams(move->destination, 1 + move->others);
+    source_streams(move->source, 1 + move->others);
+    for (uint32_t i = 0; i < move->others; i++) {
+        move->other[i] = (struct another){.move = move, .stream = 1 + i};
+        CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, move->other[i].bulk) == 0);
+    }
+}
+
+static void others_begin(struct move *move, void *(*run_receive_of_another)(void *))
+{
+    for (uint32_t i = 0; i < move->others; i++)
+        pthread_create(&move->other[i].receive, NULL, run_receive_of_another, &move->other[i]);
+}
+
+static void others_stream(struct move *move)
+{
+    for (uint32_t i = 0; i < move->others; i++)
+        pthread_create(&move->other[i].streamed, NULL, run_another_stream, &move->other[i]);
+}
+
 static void move_begin(struct move *move)
 {
     size_t size_bytes = move->page_count * move->page_bytes;
@@ -126,6 +172,7 @@ static void move_begin(struct move *move)
     region.memory_fd = move->source_fd;
     move->source = source_create(&region, 1, &error_number);
     CHECK(move->source);
+    others_connected(move);
 }
 
 static void loops_begin(struct move *move)
@@ -134,6 +181,8 @@ static void loops_begin(struct move *move)
     pthread_create(&move->receive, NULL, run_receive, move);
     pthread_create(&move->serve, NULL, run_serve, move);
     pthread_create(&move->stream, NULL, run_stream, move);
+    others_begin(move, run_another_receive);
+    others_stream(move);
     destination_open(move->destination);
     source_open(move->source);
     if (move->with_bulk)
@@ -148,6 +197,13 @@ static void loops_end(struct move *move)
     source_stop(move->source);
     pthread_join(move->serve, NULL);
     pthread_join(move->stream, NULL);
+    for (uint32_t i = 0; i < move->others; i++) {
+        pthread_join(move->other[i].receive, NULL);
+        pthread_join(move->other[i].streamed, NULL);
+        CHECK(move->other[i].receive_result.reason == LOOP_STOPPED);
+        int32_t why = move->other[i].stream_result.reason; /* the others may have sent all, and the move be over, before it looks */
+        CHECK(why == LOOP_FINISHED || why == LOOP_STOPPED);
+    }
 }
 
 static void wait_final(struct move *move)
@@ -169,6 +225,8 @@ static void move_end(struct move *move)
                          move->urgent[0], move->urgent[1], move->bulk[0], move->bulk[1]};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         close(descriptors[i]);
+    for (uint32_t i = 0; i < 2 * move->others; i++)
+        close(move->other[i / 2].bulk[i % 2]);
 }
 
 struct toucher {
@@ -227,7 +285,8 @@ static void moves(struct move *move)
     destination_finish(move->destination, &finished);
     CHECK(finished.reason == LOOP_FINISHED);
     CHECK(move->fault_result.reason == LOOP_STOPPED && move->receive_result.reason == LOOP_STOPPED);
-    CHECK(move->serve_result.reason == LOOP_STOPPED && move->stream_result.reason == LOOP_FINISHED);
+    CHECK(move->serve_result.reason == LOOP_STOPPED);
+    CHECK(move->stream_result.reason == LOOP_FINISHED || (move->others > 0 && move->stream_result.reason == LOOP_STOPPED));
     check_all(move);
     struct destination_figures figures;
     destination_read(move->destination, &figures);
@@ -494,6 +553,9 @@ int main(int argc, char **argv)
         struct move move = {.page_count = 4096, .page_bytes = 4096};
         if (strcmp(argv[i], "moves") == 0) {
             moves(&move);
+        } else if (strcmp(argv[i], "streams") == 0) {
+            move.others = 2;
+            moves(&move);
         } else if (strcmp(argv[i], "faults-only") == 0) {
             faults_only(&move);
         } else if (strcmp(argv[i], "late-copies") == 0) {
@@ -508,7 +570,7 @@ int main(int argc, char **argv)
         } else if (strcmp(argv[i], "patience") == 0) {
             patience(&move);
         } else {
-            fprintf(stderr, "usage: dataplane-main moves|faults-only|late-copies|hugetlb|bad-frames|readahead|patience ...\n");
+            fprintf(stderr, "usage: dataplane-main moves|streams|faults-only|late-copies|hugetlb|bad-frames|readahead|patience ...\n");
             return 2;
         }
         printf("%s: held\n", argv[i]);

@@ -1,7 +1,7 @@
-/* Discards alone: discard-main SEED COUNT [STEP]. COUNT moves, of SEED, SEED + STEP, ...: in turn with REMOVE events, with messages, and with MADV_DONTNEED, which keeps
- * the data; three without and three with precopy. The guest's threads at the destination discard, write and read their pages at random
- * while these arrive, and beyond the end of the migration: what was discarded reads zero, what was not as it was. On top of the
- * main that precopies. */
+/* Discards alone: discard-main SEED COUNT [STEP]. COUNT moves, of SEED, SEED + STEP, ...: in turn with REMOVE events, with messages,
+ * and with MADV_DONTNEED, which keeps the data; three without and three with precopy; by one bulk connection and by two. The guest's
+ * threads at the destination discard, write and read their pages at random while these arrive, and beyond the end of the migration:
+ * what was discarded reads zero, what was not as it was. On top of the main that precopies. */
 #define MAIN_OF_DISCARDS
 #include "precopy_main.c"
 
@@ -166,16 +166,14 @@ static void discards_after_precopy(struct tracked *tracked, uint64_t seed, uint6
     rounds_sent(tracked, &random);
     pthread_create(&move->serve, NULL, run_serve, move);
     pthread_create(&move->stream, NULL, run_stream, move);
+    others_stream(move);
     paused(tracked, &random);
     guest_begin(&guest, move, seed);
     source_open(move->source);
     destination_open(move->destination);
     source_open_bulk(move->source);
     until_whole(&guest, removed);
-    munmap(tracked->memory, move->page_count * move->page_bytes);
-    close(tracked->userfaultfd);
-    close(tracked->pagemap_fd);
-    move_end(move);
+    tracked_end(tracked);
 }
 
 int main(int argc, char **argv)
@@ -189,6 +187,7 @@ int main(int argc, char **argv)
     uint64_t removed[WAYS] = {0};
     for (uint64_t i = 0; i < count; i++, seed += step) {
         struct tracked tracked = {.move = {.page_count = 4096, .page_bytes = 4096, .remove_events = seed % 3 != 1, .removed_keeps = seed % 3 == 2}};
+        tracked.move.others = (uint32_t)(seed % 2);
         if (seed / 3 % 2 == 0)
             discards_alone(&tracked.move, seed, removed);
         else

@@ -67,7 +67,7 @@ def run_main(program: Path, *arguments: str) -> list[str]:
 @pytest.mark.timeout(180)  # may compile first
 @pytest.mark.requires("uffd")
 def test_data_plane(programs: Path) -> None:
-    scenarios = ["moves", "faults-only", "late-copies", "bad-frames", "readahead", "patience"]
+    scenarios = ["moves", "streams", "faults-only", "late-copies", "bad-frames", "readahead", "patience"]
     assert run_main(programs / "dataplane-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 
@@ -82,6 +82,7 @@ def test_data_plane_on_hugetlbfs(programs: Path) -> None:
 def test_precopy(programs: Path) -> None:
     """Seeded moves of a guest that writes flat out until it is paused, and the clean-up of one that came to nothing."""
     assert run_main(programs / "precopy-main", "1", "6") == ["precopy: held"]
+    assert run_main(programs / "precopy-main", "order") == ["order: held"]
 
 
 @pytest.mark.timeout(180)
