@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from migrate.connections import DataConnections
@@ -51,6 +51,11 @@ class Rounds:
 
     async def run(self, plane: SourcePlane, control: ControlConnection, connections: DataConnections) -> None:
         """Until another one is not worth it; then no precopied page is in flight any more."""
+        with self._watched(control, connections):
+            await self._rounds(plane, control, connections)
+            await control.receive(Quiesced)  # behind megabytes on a slow link: no deadline
+
+    async def _rounds(self, plane: SourcePlane, control: ControlConnection, connections: DataConnections) -> None:
         bulk = [sock.fileno() for sock in connections.bulk]
         sends = [partial(plane.precopy_send, sock, stream) for stream, sock in enumerate(bulk)]
         plane.track(self._guest.pagemap_fd)
@@ -71,9 +76,10 @@ class Rounds:
             await self._call(control, plane.precopy_collect)
         self._migration.switched_because = why
         await self._call(control, *(partial(plane.precopy_end, sock) for sock in bulk), awaited=Quiesced)
-        await self._quiesced(control, connections)
 
-    async def _quiesced(self, control: ControlConnection, connections: DataConnections) -> None:
+    @contextlib.contextmanager
+    def _watched(self, control: ControlConnection, connections: DataConnections) -> Iterator[None]:
+        """Nothing comes by bulk now but its end, which nobody else would see on a connection that has nothing to send."""
         loop = asyncio.get_running_loop()
 
         def ended(sock: socket.socket) -> None:
@@ -81,10 +87,10 @@ class Rounds:
             lost = ConnectionLostError("bulk connection", expected="to stay", got="its end before quiesced")
             loop.call_later(PEER_REASON_SECONDS, control.fail, lost)
 
-        for sock in connections.bulk:  # nothing comes by them now, and nobody else looks
+        for sock in connections.bulk:
             loop.add_reader(sock, ended, sock)
         try:
-            await control.receive(Quiesced)  # behind megabytes on a slow link: no deadline
+            yield
         finally:
             for sock in connections.bulk:
                 loop.remove_reader(sock)

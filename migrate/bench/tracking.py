@@ -76,7 +76,7 @@ class Tracked:
         with self.plane() as plane:
 
             def sent_round() -> None:
-                finished(plane.precopy_send(sock.fileno()))
+                finished(plane.precopy_send(sock.fileno(), 0))
                 finished(plane.precopy_count())
                 finished(plane.precopy_collect())
 

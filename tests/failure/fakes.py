@@ -150,6 +150,7 @@ class FakeSource:
         self.regions = [OfferedRegion(size_bytes=size_bytes, page_bytes=page_bytes) for size_bytes, page_bytes in regions]
         self.guest_id = guest_id
         self.precopy = False
+        self.streams = 1
         self.migration_id = os.urandom(16)
         self.token = NO_TOKEN
         self._sockets: list[socket.socket] = []
@@ -188,16 +189,25 @@ class FakeSource:
 
     def offered(self) -> Offer:
         return Offer(
-            guest_id=self.guest_id, regions=self.regions, clock_id=clock_id(), software="a fake source", precopy=self.precopy
+            guest_id=self.guest_id,
+            regions=self.regions,
+            clock_id=clock_id(),
+            software="a fake source",
+            precopy=self.precopy,
+            streams=self.streams,
         )
 
     def attach(self) -> None:
-        """Offered, accepted, urgent and bulk connected, ready."""
-        self.offer()
+        """Offered, accepted, urgent and as many of bulk as were accepted connected, ready."""
+        streams = self.offer().streams
         self.urgent, answer = self.dial(ConnectionKind.URGENT, token=self.token)
         assert answer.code is AnswerCode.WELCOME
-        self.bulk, answer = self.dial(ConnectionKind.BULK, token=self.token)
-        assert answer.code is AnswerCode.WELCOME
+        self.bulks = []
+        for stream in range(streams):
+            sock, answer = self.dial(ConnectionKind.BULK, token=self.token, stream_index=stream)
+            assert answer.code is AnswerCode.WELCOME
+            self.bulks.append(sock)
+        self.bulk = self.bulks[0]
         self.control.receive(Ready)
 
     def prepare(self, guest: "FakeGuest | None" = None) -> None:
@@ -238,6 +248,7 @@ class FakeDestination:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(DEADLINE_SECONDS)
         self._clock = clock or clock_id()
+        self.streams = 1
         self._sockets: list[socket.socket] = [self._listener]
 
     def __enter__(self) -> Self:
@@ -258,10 +269,10 @@ class FakeDestination:
         self._sockets.append(sock)
         return sock
 
-    def greet(self, kind: ConnectionKind) -> socket.socket:
+    def greet(self, kind: ConnectionKind, stream: int = 0) -> socket.socket:
         sock = self.accept()
         preamble = Preamble.decode(receive_exactly(sock, PREAMBLE_BYTES))
-        assert preamble.kind is kind
+        assert (preamble.kind, preamble.stream_index) == (kind, stream)
         assert preamble.token == (NO_TOKEN if kind is ConnectionKind.CONTROL else TOKEN)
         sock.sendall(Answer(AnswerCode.WELCOME).encode())
         return sock
@@ -275,14 +286,20 @@ class FakeDestination:
         self.control.send(self.accepted())
 
     def accepted(self) -> Accept:
-        return Accept(token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination")
+        return Accept(
+            token=TOKEN, waiting_guest_id="fake", clock_id=self._clock, software="a fake destination", streams=self.streams
+        )
 
     def attach(self) -> None:
         """Data connections are here; not yet said to be ready."""
         self.accept_offer()
         self.send_accept()
+        self.greet_data()
+
+    def greet_data(self) -> None:
         self.urgent = self.greet(ConnectionKind.URGENT)
-        self.bulk = self.greet(ConnectionKind.BULK)
+        self.bulks = [self.greet(ConnectionKind.BULK, stream) for stream in range(self.streams)]
+        self.bulk = self.bulks[0]
 
     def prepare(self, guest: "FakeGuest | None" = None) -> Prepare:
         """``guest``: the one that leaves, when it is a fake too and has to answer."""

@@ -1,5 +1,6 @@
 """Peers and guests that take part in precopy and say exactly what a test tells them to: what fakes.py has, and the rounds."""
 
+import select
 import socket
 import struct
 from collections.abc import Iterable, Sequence
@@ -26,7 +27,7 @@ from proto.messages import (
 )
 from proto.preamble import ConnectionKind
 
-from .fakes import Connection, FakeDestination, FakeGuest, FakeSource, receive_exactly
+from .fakes import DEADLINE_SECONDS, Connection, FakeDestination, FakeGuest, FakeSource, receive_exactly
 from .memory_child import PAGE_BYTES, AwaitedMemory, MemoryChild, TrackedMemory
 
 LARGE = "8M"
@@ -90,7 +91,8 @@ class PrecopySource(FakeSource):
             self.bulk.sendall(pages(page, content_of(page, region.page_bytes), region.page_bytes))
 
     def quiesce(self) -> None:
-        self.bulk.sendall(mark())
+        for bulk in self.bulks:
+            bulk.sendall(mark())
         self.control.receive(Quiesced)
         self.quiesced = True
 
@@ -143,19 +145,26 @@ class PrecopyDestination(FakeDestination):
         self.control.send(Ready())
         return self.control.receive(Round)
 
-    def receive_frame(self) -> tuple[FrameKind, int, bytes]:
-        """Kind, first page and payload of the next frame by bulk, of whatever kind."""
-        header = receive_exactly(self.bulk, FRAME_HEADER_BYTES)
+    def receive_frame(self, stream: int = 0) -> tuple[FrameKind, int, bytes]:
+        """Kind, first page and payload of the next frame by a bulk connection, of whatever kind."""
+        bulk = self.bulks[stream]
+        header = receive_exactly(bulk, FRAME_HEADER_BYTES)
         _, kind, _, _, page_index, _, length_bytes = struct.unpack("<HBBIQII", header)
         size_bytes = {FrameKind.PAGES: length_bytes, FrameKind.STALE: (length_bytes // PAGE_BYTES + 7) // 8}.get(kind, 0)
-        return FrameKind(kind), page_index, receive_exactly(self.bulk, size_bytes)
+        return FrameKind(kind), page_index, receive_exactly(bulk, size_bytes)
 
     def receive_rounds(self) -> None:
-        """All of them, until the mark."""
-        while (frame := self.receive_frame())[0] is not FrameKind.MARK:
-            _, first, content = frame
-            for done in range(0, len(content), PAGE_BYTES):
-                self.precopied[first + done // PAGE_BYTES] = content[done : done + PAGE_BYTES]
+        """All of them, until the marks of all connections."""
+        unmarked = set(range(len(self.bulks)))
+        while unmarked:
+            readable, _, _ = select.select([self.bulks[stream] for stream in unmarked], [], [], DEADLINE_SECONDS)
+            assert readable, f"no mark on {unmarked}"
+            for stream in [stream for stream in unmarked if self.bulks[stream] in readable]:
+                kind, first, content = self.receive_frame(stream)
+                if kind is FrameKind.MARK:
+                    unmarked.remove(stream)
+                for done in range(0, len(content), PAGE_BYTES):
+                    self.precopied[first + done // PAGE_BYTES] = content[done : done + PAGE_BYTES]
 
     def prepare(self, guest: FakeGuest | None = None) -> Prepare:
         self.begin_round()
@@ -188,9 +197,6 @@ class PrecopyDestination(FakeDestination):
             if name == step:
                 return
         raise AssertionError(step)
-
-    def greet_data(self) -> None:
-        self.urgent, self.bulk = self.greet(ConnectionKind.URGENT), self.greet(ConnectionKind.BULK)
 
     def receive_stale(self) -> set[int]:
         """In one frame."""
