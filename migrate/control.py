@@ -9,12 +9,15 @@ from typing import Any, NoReturn, TypeVar, cast, overload
 from migrate.clock import ClockOffset, estimate, monotonic_ns
 from migrate.errors import AbortedError, ConnectionLostError, DeadlineError, PeerRefusedError
 from proto.errors import ProtocolError
-from proto.messages import Aborted, ClockPing, ClockPong, Message, Refused, Round, control_decoder, encode
+from proto.messages import Aborted, ClockPing, ClockPong, Heartbeat, Message, Refused, Round, control_decoder, encode
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 _R = TypeVar("_R")
 MESSAGES_WAITING_MAX = 64
+HEARTBEAT_SECONDS = 0.5
+SILENT_SECONDS = 3.0
+"""A peer that has said a heartbeat and then nothing for so long hangs, or the path to it does: a slow one goes on saying them."""
 UNSENT_BYTES_MAX = 4 << 20
 
 
@@ -27,6 +30,9 @@ class ControlConnection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._transport: asyncio.Transport | None = None
         self._error: Exception | None = None
+        self._beat: asyncio.TimerHandle | None = None
+        self._beat_due_seconds = 0.0
+        self._heard_seconds: float | None = None
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # --- asyncio.Protocol -------------------------------------------------------------------------------------------
@@ -38,6 +44,10 @@ class ControlConnection(asyncio.Protocol):
         received_ns = monotonic_ns()
         try:
             for message in self._decoder.feed(data):
+                if self._heard_seconds is not None or isinstance(message, Heartbeat):
+                    self._heard_seconds = asyncio.get_running_loop().time()
+                if isinstance(message, Heartbeat):
+                    continue
                 if isinstance(message, ClockPing):
                     self.send(ClockPong(sent_ns=message.sent_ns, peer_ns=received_ns))
                 else:
@@ -60,6 +70,8 @@ class ControlConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._beat is not None:
+            self._beat.cancel()
         if self._error is None:
             self._error = ConnectionLostError("control connection", expected="to stay", got=str(exc or "closed by the peer"))
         if not self.closed.done():
@@ -76,6 +88,22 @@ class ControlConnection(asyncio.Protocol):
             self._transport.abort()
             return
         self._transport.write(encode(message))
+
+    def keep_alive(self) -> None:
+        """From now on say heartbeats, and fail when the peer has stopped saying them."""
+        loop = asyncio.get_running_loop()
+        late_seconds = loop.time() - self._beat_due_seconds if self._beat is not None else 0.0
+        if self._transport is None or self._transport.is_closing():
+            return
+        self.send(Heartbeat())
+        heard = self._heard_seconds
+        # Late ourselves: what has come meanwhile has not been read yet, and says nothing of the peer.
+        if heard is not None and late_seconds < HEARTBEAT_SECONDS and loop.time() - heard > SILENT_SECONDS:
+            self.fail(ConnectionLostError("control connection", expected=f"a word within {SILENT_SECONDS} s", got="silence"))
+            self._transport.abort()
+            return
+        self._beat_due_seconds = loop.time() + HEARTBEAT_SECONDS
+        self._beat = loop.call_later(HEARTBEAT_SECONDS, self.keep_alive)
 
     def check(self) -> None:
         """Raise what has ended the connection or refused the migration already, although nobody has received it yet."""

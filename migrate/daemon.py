@@ -234,10 +234,19 @@ class Daemon:
 
     async def _greet_control(self, sock: socket.socket, preamble: Preamble, peer: str) -> None:
         migration_id = preamble.migration_id.hex()
-        if migration_id in self.migrations or preamble.epoch != 0:
+        known = self.migrations.get(migration_id)
+        if isinstance(known, DestinationMigration) and preamble.epoch > known.epoch:
+            await self._greet_again(sock, preamble, known)
+            return
+        if known is not None:
             await answer(sock, AnswerCode.EPOCH_STALE)
             raise ProtocolError(
                 "epoch-stale", "control connection", expected="a new migration, epoch 0", got=f"epoch {preamble.epoch}"
+            )
+        if preamble.epoch != 0:
+            await answer(sock, AnswerCode.MIGRATION_UNKNOWN)
+            raise ProtocolError(
+                "migration-unknown", "control connection", expected="a migration of this daemon", got=migration_id
             )
         if self.stopping.is_set():
             await answer(sock, AnswerCode.BUSY)
@@ -257,6 +266,19 @@ class Daemon:
                 streams_max=self._streams_max,
             )
         )
+
+    async def _greet_again(self, sock: socket.socket, preamble: Preamble, migration: DestinationMigration) -> None:
+        """The source of a migration that has lost a connection: whoever has its token is that source."""
+        if not hmac.compare_digest(preamble.token, migration.token):
+            await answer(sock, AnswerCode.TOKEN_WRONG)
+            raise ProtocolError("token-wrong", "control connection", expected="the migration's token", got="another")
+        await answer(sock, AnswerCode.WELCOME)
+        _, control = await asyncio.get_running_loop().connect_accepted_socket(ControlConnection, sock)
+        try:
+            await migration.reconnect(control, preamble.epoch)
+        except (PostcopyError, ProtocolError, TimeoutError) as error:
+            log.warning("not recovered", migration=migration.id, epoch=preamble.epoch, reason=str(error))
+            control.refuse(error)
 
     async def _greet_data(self, sock: socket.socket, preamble: Preamble) -> None:
         migration = self.migrations.get(preamble.migration_id.hex())

@@ -1,7 +1,7 @@
 """The destination's half of a migration: take a waiting guest, resume it, resolve its faults until all pages are here.
 
-Not handled yet: recovery of a lost connection. A migration that loses one after the switchover is
-STALLED: the guest stands still on pages that are not here, and nothing is unregistered (P3).
+A migration that loses a connection after the switchover is PAUSED until the source has made others (recovery.py): the guest
+waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, DestinationPlane, LoopResult
 from migrate.errors import CancelledByPeerError, ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
+from migrate.recovery import is_lost
 from migrate.room import Room
 from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
@@ -38,6 +39,8 @@ from proto.messages import (
     Prepared,
     Quiesced,
     Ready,
+    Recover,
+    Recovered,
     Released,
     Resume,
     ResumeFailed,
@@ -81,6 +84,7 @@ class DestinationMigration(Arrival):
         self._room = room
         self._connections = DataConnections()
         self._attached: asyncio.Future[None] = self._loop.create_future()
+        self._again: asyncio.Future[tuple[ControlConnection, int]] | None = None  # while it waits for another epoch
         self._final: asyncio.Future[None] = self._loop.create_future()
         self._last_step_ns = 0
         self._clock_offset_ns = 0
@@ -92,7 +96,7 @@ class DestinationMigration(Arrival):
         try:
             await self._accept()
             await self._switch_over()
-            await self._until_final()
+            await self._until_whole()
             await self._finish()
         except asyncio.CancelledError:
             error = self._failed(PostcopyError("the daemon is ending", code="cancelled"))
@@ -108,7 +112,7 @@ class DestinationMigration(Arrival):
         self.log = self.log.bind(guest=offer.guest_id)
         guest = self._take_guest(offer)
         guest.state = GuestState.ARRIVING
-        guest.on_stepped, guest.on_failed, guest.on_discard = self._stepped, self._control.fail, self._discarded
+        guest.on_stepped, guest.on_failed, guest.on_discard = self._stepped, self._fail, self._discarded
         self.guest = guest
         self._precopy = offer.precopy
         self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
@@ -136,6 +140,7 @@ class DestinationMigration(Arrival):
         await self._attached_or_closed()
         self.advance(Event.ATTACHED)
         self._control.send(Ready())
+        self._control.keep_alive()
         if self._precopy:
             self.advance(Event.PRECOPY)
             await self._hold_pages()
@@ -183,16 +188,18 @@ class DestinationMigration(Arrival):
 
     def reserve(self, kind: ConnectionKind, stream: int) -> bool:
         """Whether that data connection is awaited; ``attach`` is next, and any other of that number is not awaited any more."""
-        return self.state is State.ATTACHING and self._connections.reserve(kind, stream)
+        return self.state in (State.ATTACHING, State.PAUSED) and self._connections.reserve(kind, stream)
 
     def attach(self, kind: ConnectionKind, stream: int, sock: socket.socket) -> None:
         """A data connection that has proven itself and is reserved."""
-        if self.state is not State.ATTACHING or self._plane is None:  # lost while its welcome was on the way
+        if self.state not in (State.ATTACHING, State.PAUSED) or self._plane is None:  # lost while its welcome was on the way
             sock.close()
             return
         plane = self._plane
         self._connections.add(kind, stream, sock)
-        if kind is ConnectionKind.URGENT:
+        if self.state is State.PAUSED:
+            pass  # all at once, when all are here: until then the fault loop goes on without
+        elif kind is ConnectionKind.URGENT:
             self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
         elif self._precopy:
             self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), stream, precopy=True))
@@ -295,6 +302,89 @@ class DestinationMigration(Arrival):
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await peer
 
+    # --- another epoch ----------------------------------------------------------------------------------------------
+
+    async def _until_whole(self) -> None:
+        """Every page is final. A connection that is lost meanwhile is the source's to make again (P5)."""
+        while not self._final.done():
+            try:
+                await (self._until_recovered() if self.state is State.PAUSED else self._until_final())
+            except Exception as error:
+                if not is_lost(error):
+                    raise
+                self._pause(error)
+
+    def _pause(self, error: Exception) -> None:
+        """Its connections end, its loops return; what is here is resolved on, what is not waits."""
+        assert self._plane is not None
+        plane = self._plane
+        self._end_epoch()
+        self.start_loop("fault", lambda: plane.fault_loop(-1))
+        if self.state is not State.PAUSED:
+            self.advance(Event.LOST)
+            self.log.warning("migration paused: the guest waits for what is not here", reason=str(error), peer=self.peer)
+
+    def _end_epoch(self) -> None:
+        assert self._plane is not None
+        self._plane.stop()
+        self.join_loops()
+        self._plane.next_epoch()
+        self._connections.close()
+        self._control.close()
+
+    def _awaits_epoch(self) -> bool:
+        return self.state is State.PAUSED and self._again is not None and not self._again.done()
+
+    async def _until_recovered(self) -> None:
+        """The source has dialled again and all of its connections stand; or nothing more is needed of it."""
+        assert self._plane is not None
+        again = self._again = self._loop.create_future()
+        self.wake()
+        await asyncio.wait({again, self._final}, return_when="FIRST_COMPLETED")
+        if self._final.done():
+            return
+        self._control, self.epoch = again.result()
+        self._connections = DataConnections(self.streams)
+        self._attached = self._loop.create_future()
+        self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
+        await self._attached_or_closed()
+        plane, connections = self._plane, self._connections
+        plane.stop()
+        self.join_loops()
+        plane.next_epoch()
+        urgent = connections.urgent
+        self.start_loop("fault", lambda: plane.fault_loop(urgent.fileno()))
+        for stream, sock in enumerate(connections.bulk):
+            self.start_loop("receive", partial(plane.receive_loop, sock.fileno(), stream, precopy=False))
+        self._control.send(Ready())
+        self._control.keep_alive()
+        self.advance(Event.RUNNING)
+        self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
+
+    async def reconnect(self, control: ControlConnection, epoch: int) -> None:
+        """The source has dialled again, in a newer epoch, and has proven itself: it is told how things stand."""
+        recover = await control.receive(Recover, deadline_seconds=ATTACH_DEADLINE_SECONDS)
+        if recover.epoch != epoch:
+            raise ProtocolError("epoch-stale", "recover epoch", expected=epoch, got=recover.epoch)
+        if not self._awaits_epoch():  # before the switchover this ends the migration: the guest runs on at the source
+            self._control.fail(ConnectionLostError("control connection", expected="to stay", got=f"epoch {epoch} in its place"))
+            self._control.close()
+        async with asyncio.timeout(ATTACH_DEADLINE_SECONDS):
+            while not (self.told or self._awaits_epoch()):
+                await self.changed()
+        if self._awaits_epoch() and self._again is not None:
+            self._again.set_result((control, epoch))
+            return
+        if self.state is State.COMPLETE:
+            control.send(self._whole())
+            with contextlib.suppress(PostcopyError, ProtocolError):
+                await control.receive(Released, deadline_seconds=RELEASED_DEADLINE_SECONDS)
+        elif self.ended:
+            control.send(Aborted(epoch=0, reason=self.error.what if self.error else str(self.state)))
+        else:
+            control.refuse(GuestGoneError(f"guest {self.guest_id}", expected="one that can go on", got=str(self.state)))
+        control.close()
+
     async def _finish(self) -> None:
         """Stop the loops, map what is only PRESENT, unregister; the guest is whole here."""
         assert self._plane is not None
@@ -310,18 +400,19 @@ class DestinationMigration(Arrival):
         self.guest.send(GuestComplete())
         self._summarize()
         self.advance(Event.COMPLETE)
-        self._control.send(
-            Complete(
-                downtime_ns=self.downtime_ns,
-                downtime_uncertainty_ns=self.downtime_uncertainty_ns,
-                faults=self.faults,
-                pages=self.pages_by_path(),
-                stale_window_ns=self.stale_window_ns(),
-            )
-        )
+        self._control.send(self._whole())
         self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
         with contextlib.suppress(PostcopyError, ProtocolError):  # the guest is whole: what the source does now is its own
             await self._control.receive(Released, deadline_seconds=RELEASED_DEADLINE_SECONDS)
+
+    def _whole(self) -> Complete:
+        return Complete(
+            downtime_ns=self.downtime_ns,
+            downtime_uncertainty_ns=self.downtime_uncertainty_ns,
+            faults=self.faults,
+            pages=self.pages_by_path(),
+            stale_window_ns=self.stale_window_ns(),
+        )
 
     # --- events -----------------------------------------------------------------------------------------------------
 
@@ -339,7 +430,7 @@ class DestinationMigration(Arrival):
 
     def _discarded(self, pages: PageRange) -> None:
         """Of a guest that has been resumed here: zero, wherever they are by now. Before that what it holds is nobody's."""
-        if self.state not in (State.SWITCHOVER, State.POSTCOPY) or self._plane is None:
+        if self.state not in (State.SWITCHOVER, State.POSTCOPY, State.PAUSED) or self._plane is None:
             raise ProtocolError("message-unexpected", "discard", expected="none of a guest that waits", got="one")
         result = self._plane.discard(pages.region, pages.page_index, pages.page_count)
         if result.reason != "finished":
@@ -349,7 +440,13 @@ class DestinationMigration(Arrival):
         if self.state is State.STALLED and self.guest is not None:
             self._room.forget(self.migration_id)
             self.guest.release()  # nobody is left to whom its pages could come
-        self._control.fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
+        self._fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
+
+    def _fail(self, error: PostcopyError) -> None:
+        """Whatever the migration waits for now, a message or another connection, it gets this error."""
+        if self._awaits_epoch() and self._again is not None:
+            self._again.set_exception(error)
+        self._control.fail(error)
 
     def loop_ended(self, result: LoopResult) -> None:
         if result.reason in ("stopped", "finished") or self._final.done():
@@ -357,7 +454,7 @@ class DestinationMigration(Arrival):
         if result.reason in PEER_FAULTS:
             self._control.refuse(result.error())
         else:
-            self._control.fail(result.error())
+            self._fail(result.error())
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -365,8 +462,8 @@ class DestinationMigration(Arrival):
         """The error that the migration ended with; None when it had been completed before."""
         if self.state is State.COMPLETE:
             return None
-        if self.state in (State.SWITCHOVER, State.POSTCOPY):
-            self.advance(Event.LOST)
+        if self.state in (State.SWITCHOVER, State.POSTCOPY, State.PAUSED):
+            self.advance(Event.STALL)
             if self.guest is not None:
                 self.guest.state = GuestState.LOST
             if isinstance(error, ProtocolError):

@@ -62,6 +62,12 @@ class NotFoundError(PostcopyError):
     code = "not-found"
 
 
+class NotRecoverableError(PostcopyError):
+    """Only a migration that is paused, its path lost, can be made to dial again."""
+
+    code = "not-recoverable"
+
+
 class NotCancellableError(PostcopyError):
     """The switchover has begun: the guest may run at the destination already."""
 

@@ -148,6 +148,7 @@ class Migration:
         self.on_advance: Callable[[Migration], None] = lambda _: None
         self.first_event = 0  # the daemon's events from this number on may be about it
         self._settled = asyncio.Event()
+        self._waiters: list[asyncio.Future[None]] = []
         self.log = log.bind(migration=self.id, guest=guest_id, role=str(self.role))
 
     @property
@@ -167,6 +168,7 @@ class Migration:
         self.state = advance(self.role, self.state, event)
         self._timeline.setdefault(str(self.state), monotonic_ns())
         self.on_advance(self)
+        self.wake()
 
     @property
     def told(self) -> bool:
@@ -179,7 +181,21 @@ class Migration:
         if error is not None:
             self.error = error_facts(error)
         self._settled.set()
+        self.wake()
         self._on_end(self)
+
+    async def changed(self) -> None:
+        """Until it advances, or ends."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def wake(self) -> None:
+        """Whoever waits for a change looks again."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self._waiters.clear()
 
     async def wait_settled(self, seconds: float) -> None:
         """Until it has ended or stalled, or that long."""
@@ -197,7 +213,13 @@ class Migration:
 
     def start_loop(self, name: str, run: Callable[[], LoopResult]) -> None:
         """A C loop on a thread of its own; ``loop_ended`` is told on the event loop."""
-        self._threads.append(LoopThread(name, run, lambda result: _post(self._loop, lambda: self.loop_ended(result))))
+        epoch = self.epoch
+
+        def ended(result: LoopResult) -> None:
+            if self.epoch == epoch:  # else of connections that have been replaced
+                self.loop_ended(result)
+
+        self._threads.append(LoopThread(name, run, lambda result: _post(self._loop, lambda: ended(result))))
 
     def join_loops(self) -> None:
         """After the plane has been told to stop; takes microseconds."""

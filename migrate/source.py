@@ -1,14 +1,14 @@
 """The source's half of a migration: offer, connect, switch over, serve pages until the destination has them all.
 
-Not handled yet: recovery of a lost connection. A migration that loses one after the switchover is STALLED: the guest
-stays paused here, its pages kept.
+A migration that loses a connection after the switchover is PAUSED until others have been made (recovery.py): the guest stays
+paused here, its pages are kept. One that is STALLED stays so: it is not the path that is wrong.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 from migrate import __version__
@@ -16,10 +16,12 @@ from migrate.clock import PINGS, SAME_CLOCK, clock_id
 from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
+from migrate.departure import Departure
 from migrate.errors import (
     AbortedError,
     GuestGoneError,
     NotCancellableError,
+    NotRecoverableError,
     PauseFailedError,
     PeerRefusedError,
     PostcopyError,
@@ -27,9 +29,10 @@ from migrate.errors import (
 from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect, greet
 from migrate.precopy import AUTO, PrecopyPolicy
+from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
 from migrate.region import populated_bytes
 from migrate.rounds import PEER_REASON_SECONDS, Rounds, lost
-from migrate.session import Migration, PrecopyInfo, RoundInfo
+from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -47,13 +50,15 @@ from proto.messages import (
     Prepared,
     Progress,
     Ready,
+    Recover,
+    Recovered,
     Released,
     Resume,
     Running,
     Switchover,
 )
 from proto.preamble import NO_TOKEN, ConnectionKind, Preamble
-from proto.states import CANCELLABLE, Event, Role, State
+from proto.states import AFTER_SWITCHOVER, CANCELLABLE, Event, State
 
 ANSWER_DEADLINE_SECONDS = 10.0
 HUGE_BYTES_A_SECOND = 128 << 20
@@ -63,10 +68,8 @@ FIRST_STEP_SECONDS = 0.005
 """How long bulk waits for word of the guest's first step at the destination."""
 
 
-class SourceMigration(Migration):
+class SourceMigration(Departure):
     """Drives one guest away. ``run`` ends when the migration has ended or is STALLED."""
-
-    role = Role.SOURCE
 
     def __init__(
         self,
@@ -87,19 +90,17 @@ class SourceMigration(Migration):
         self.bulk = bulk
         self.precopy = precopy
         self._rounds = Rounds(self, guest, precopy)
-        self._stale_window_ns: int | None = None
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
-        self._plane: SourcePlane | None = None
-        self._figures: dict[str, int] = {}
         self.streams = streams if bulk else 1
         self._connections = DataConnections()
         self._clock = SAME_CLOCK
         self._paused = False
+        self._ran_there = False
+        self._retry = asyncio.Event()
         self._cancel_reason: str | None = None
-        self._faults_there = 0
 
     # --- the way of a migration -------------------------------------------------------------------------------------
 
@@ -108,10 +109,10 @@ class SourceMigration(Migration):
         try:
             await self._connect()
             await self._attach()
+            self.advance(Event.ATTACHED)
             await self._precopy()
             self._begin_stream()
-            await self._switch_over()
-            await self._serve_until_complete()
+            await self._leave()
         except asyncio.CancelledError:
             error = self._cancelled()
         except Exception as raised:
@@ -180,7 +181,7 @@ class SourceMigration(Migration):
         urgent = self._connections.urgent
         self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
         await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)
-        self.advance(Event.ATTACHED)
+        self._control.keep_alive()
 
     async def _precopy(self) -> None:
         if not self._rounds.tracked:
@@ -194,6 +195,22 @@ class SourceMigration(Migration):
         assert self._plane is not None
         for stream, sock in enumerate(self._connections.bulk):
             self.start_loop("stream", partial(self._plane.stream_loop, sock.fileno(), stream))
+
+    async def _leave(self) -> None:
+        """The switchover and all that comes after it. A connection that is lost then is made again (P5)."""
+        step = self._switch_over
+        while self.state is not State.COMPLETE:
+            try:
+                await step()
+            except Exception as error:
+                if self.state not in (State.SWITCHOVER, State.POSTCOPY) or not is_lost(error):
+                    raise
+                self._end_epoch()
+                self.advance(Event.LOST)
+                self.log.warning("migration paused: the path is lost, dialling again", reason=str(error), peer=self.peer)
+                step = self._recover
+            else:
+                step = self._serve_until_complete
 
     # --- switchover -------------------------------------------------------------------------------------------------
 
@@ -228,6 +245,7 @@ class SourceMigration(Migration):
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
             self._plane.open()
             await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
+        self._ran_there = True
         self.advance(Event.RUNNING)
 
     def _check_data_connections(self) -> None:
@@ -260,6 +278,11 @@ class SourceMigration(Migration):
             if isinstance(message, Complete):
                 break
             self._faults_there = message.faults
+        self._completed(message)
+
+    def _completed(self, message: Complete) -> None:
+        assert self._control is not None
+        self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
         self.faults = dict(message.faults)
         self._stale_window_ns = message.stale_window_ns
         self._faults_there = sum(summary.count for summary in message.faults.values())
@@ -275,8 +298,68 @@ class SourceMigration(Migration):
         if self._plane is not None:
             self._plane.open_bulk()
 
+    # --- another epoch ----------------------------------------------------------------------------------------------
+
+    async def _recover(self) -> None:
+        """Dial until the destination answers: the guest runs there, or is whole, or (AbortedError) never will."""
+        told = ""
+        for delay_seconds in delays_seconds():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay_seconds):
+                    await self._retry.wait()
+            self._retry.clear()
+            try:
+                await self._dial_again()
+                return
+            except Exception as error:
+                self._end_epoch()
+                if not may_pass(error):
+                    raise
+                if told != str(error):
+                    told = str(error)
+                    self.log.warning("not recovered yet, dialling again", reason=told, peer=self.peer)
+
+    async def _dial_again(self) -> None:
+        assert self._plane is not None
+        self.epoch += 1
+        sock = await self._dial(ConnectionKind.CONTROL, self._token)
+        _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
+        self._control.send(Recover(epoch=self.epoch))
+        answer = await self._control.receive(Recovered, Complete, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        if isinstance(answer, Complete):
+            self._completed(answer)
+            return
+        if answer.epoch != self.epoch:
+            raise ProtocolError("epoch-stale", "recovered epoch", expected=self.epoch, got=answer.epoch)
+        self._ran_there = True
+        self._plane.next_epoch(settled=answer.settled)
+        self._plane.open()  # it runs there: what is here is final
+        self._connections = DataConnections(self.streams)
+        await self._attach()
+        self._begin_stream()
+        self.advance(Event.RUNNING)
+        self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
+
+    def recover(self, address: Address | None) -> None:
+        """Dial at once, and from now on there. Raises NotRecoverableError unless it is paused."""
+        if self.state is not State.PAUSED:
+            raise NotRecoverableError(f"migration {self.id}", expected="a paused one", got=str(self.state))
+        if address is not None:
+            self._address, self.peer = address, str(address)
+        self._retry.set()
+
+    def _end_epoch(self) -> None:
+        """Its connections are closed, its loops have returned; what they have counted stays."""
+        if self._plane is not None:
+            self._plane.stop()
+        self.join_loops()
+        self._connections.close()
+        if self._control is not None:
+            self._control.close()
+
     async def _dial(self, kind: ConnectionKind, token: bytes, stream: int = 0) -> socket.socket:
-        sock = await connect(self._address, deadline_seconds=ANSWER_DEADLINE_SECONDS, congestion_control=self._congestion_control)
+        seconds = ANSWER_DEADLINE_SECONDS if self.epoch == 0 else DIAL_DEADLINE_SECONDS
+        sock = await connect(self._address, deadline_seconds=seconds, congestion_control=self._congestion_control)
         await greet(sock, Preamble(kind, self.migration_id, self.epoch, stream, token), ANSWER_DEADLINE_SECONDS)
         return sock
 
@@ -331,9 +414,10 @@ class SourceMigration(Migration):
         return PostcopyError(f"cancelled: {reason}", code="cancelled")
 
     def _failed(self, error: Exception) -> None:
-        aborted = isinstance(error, AbortedError) and self.state is State.SWITCHOVER
-        if self.state in (State.SWITCHOVER, State.POSTCOPY) and not aborted:
-            self.advance(Event.LOST)
+        undecided = self.state in (State.SWITCHOVER, State.PAUSED) and not self._ran_there
+        aborted = isinstance(error, AbortedError) and undecided
+        if self.state in AFTER_SWITCHOVER and not aborted:
+            self.advance(Event.STALL)
             if self._control is not None and isinstance(error, ProtocolError):
                 self._control.refuse(error)
             self.log.error("migration stalled: the guest stays paused here, its pages kept", reason=str(error), peer=self.peer)
@@ -366,39 +450,3 @@ class SourceMigration(Migration):
         self._connections.close()
         if self._control is not None:
             self._control.close()
-
-    # --- figures ----------------------------------------------------------------------------------------------------
-
-    def figures(self) -> dict[str, int]:
-        return self._plane.figures() if self._plane is not None else self._figures
-
-    def pages_done(self) -> int:
-        figures = self.figures()
-        if self.state is State.PRECOPY:
-            return self.pages_total - figures.get("pages_pending", 0)
-        return self.pages_total if self.state is State.COMPLETE else figures.get("pages_sent", 0)
-
-    def pages_by_path(self) -> dict[str, int]:
-        figures = self.figures()
-        zero = sum(figures.get(f"pages_zero_{path}", 0) for path in ("urgent", "readahead", "bulk"))
-        precopy = figures.get("pages_precopy", 0) + figures.get("pages_zero_precopy", 0)  # copies, one a round
-        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "readahead", "bulk")}
-        return {**by_path, "zero": zero, "precopy": precopy}
-
-    def precopy_info(self) -> PrecopyInfo | None:
-        if State.PRECOPY not in self._timeline:
-            return None
-        figures = self.figures()
-        return PrecopyInfo(
-            rounds_begun=len(self._rounds.done) + (self.state is State.PRECOPY),
-            rounds=[RoundInfo(**asdict(one)) for one in self._rounds.done],
-            bytes_moved=figures.get("bytes_precopy", 0),
-            stale_pages=figures.get("pages_stale", 0),
-            stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
-            faults_held=None,
-            faults_after=None,
-            stale_pages_touched=None,
-        )
-
-    def faults_count(self) -> int:
-        return max(self._faults_there, self.figures().get("requests", 0))

@@ -194,6 +194,28 @@ class Complete(Message):
     stale_window_ns: Count | None = None
 
 
+class Recover(Message):
+    """source -> destination, first on a control connection of a later epoch: go on with this migration."""
+
+    type: Literal["recover"] = "recover"
+    epoch: Epoch
+
+
+class Recovered(Message):
+    """destination -> source: the guest runs here and waits for pages; data connections of this epoch are expected.
+    ``settled``: no page is held any more, the stale set need not be told again."""
+
+    type: Literal["recovered"] = "recovered"
+    epoch: Epoch
+    settled: bool
+
+
+class Heartbeat(Message):
+    """Either way: still here. Whoever has said it once is expected to go on."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+
+
 class Released(Message):
     """source -> destination: understood; both close."""
 
@@ -209,7 +231,7 @@ class Cancel(Message):
 
 ControlMessage = Annotated[
     Offer | Accept | Refused | ClockPing | ClockPong | Ready | Round | Quiesced | Prepare | Prepared | Switchover | Running
-    | Aborted | Progress | Complete | Released | Cancel,
+    | Aborted | Progress | Complete | Released | Cancel | Recover | Recovered | Heartbeat,
     Field(discriminator="type"),
 ]  # fmt: skip
 

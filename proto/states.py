@@ -20,7 +20,8 @@ class State(StrEnum):
     PAUSING = "pausing"  # source: the guest has been told to pause
     SWITCHOVER = "switchover"  # source: the message may have been sent. destination: resume may have been sent
     POSTCOPY = "postcopy"  # the guest runs at the destination
-    STALLED = "stalled"  # a connection was lost after the switchover; nobody resumes, pages wait
+    PAUSED = "paused"  # a connection was lost after the switchover; the source dials again, pages wait
+    STALLED = "stalled"  # the same, and nothing goes on by itself: something else is wrong than the path
     COMPLETE = "complete"
     FAILED = "failed"  # before the switchover, or aborted: the guest runs on at the source
     CANCELLED = "cancelled"
@@ -42,6 +43,8 @@ class Event(StrEnum):
     CANCEL = "cancel"
     FAILURE = "failure"  # anything that ends the attempt while the destination cannot have been told to run
     LOST = "lost"  # a connection or the peer's answer, when it can
+    STALL = "stall"  # what no new connection can mend, when it can
+    RECOVER = "recover"  # somebody wants a stalled one to be tried again
     ABORT = "abort"  # the destination will never resume this epoch
 
 
@@ -59,9 +62,14 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
         (S.PAUSING, E.SWITCHOVER_RECORDED): S.SWITCHOVER,
         (S.SWITCHOVER, E.RUNNING): S.POSTCOPY,
         (S.SWITCHOVER, E.ABORT): S.FAILED,
-        (S.SWITCHOVER, E.LOST): S.STALLED,
-        (S.POSTCOPY, E.LOST): S.STALLED,
+        (S.SWITCHOVER, E.LOST): S.PAUSED,
+        (S.POSTCOPY, E.LOST): S.PAUSED,
         (S.POSTCOPY, E.COMPLETE): S.COMPLETE,
+        (S.PAUSED, E.RUNNING): S.POSTCOPY,
+        (S.PAUSED, E.COMPLETE): S.COMPLETE,
+        (S.PAUSED, E.ABORT): S.FAILED,
+        (S.STALLED, E.RECOVER): S.PAUSED,
+        **{(state, E.STALL): S.STALLED for state in (S.SWITCHOVER, S.POSTCOPY, S.PAUSED)},
         **{(state, E.CANCEL): S.CANCELLED for state in _BEFORE_PAUSE},
         **{(state, E.FAILURE): S.FAILED for state in (*_BEFORE_PAUSE, S.PAUSING)},
     },
@@ -75,9 +83,11 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
         (S.PREPARING, E.ABORT): S.ABORTED,
         (S.SWITCHOVER, E.RUNNING): S.POSTCOPY,
         (S.SWITCHOVER, E.ABORT): S.ABORTED,
-        (S.SWITCHOVER, E.LOST): S.STALLED,
-        (S.POSTCOPY, E.LOST): S.STALLED,
+        (S.POSTCOPY, E.LOST): S.PAUSED,
         (S.POSTCOPY, E.COMPLETE): S.COMPLETE,
+        (S.PAUSED, E.RUNNING): S.POSTCOPY,
+        (S.PAUSED, E.COMPLETE): S.COMPLETE,
+        **{(state, E.STALL): S.STALLED for state in (S.SWITCHOVER, S.POSTCOPY, S.PAUSED)},
         **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)},
         **{(state, E.CANCEL): S.CANCELLED for state in (S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)},
     },
@@ -90,7 +100,7 @@ SETTLED = ENDED | {S.STALLED}
 """Nothing more will happen by itself."""
 
 CANCELLABLE = frozenset(state for (state, event) in TRANSITIONS[Role.SOURCE] if event is E.CANCEL)
-AFTER_SWITCHOVER = frozenset({S.SWITCHOVER, S.POSTCOPY, S.STALLED})
+AFTER_SWITCHOVER = frozenset({S.SWITCHOVER, S.POSTCOPY, S.PAUSED, S.STALLED})
 """The source must not resume its guest in these (promise P4); only the destination's ABORT leads out to FAILED."""
 
 

@@ -228,6 +228,15 @@ class DestinationPlane(_Plane):
         """Every huge page is allocated; ``stop`` ends it. ``memory-failed`` with ENOMEM or ENOSPC: there is no room."""
         return self._run("room", lib.destination_back)
 
+    def next_epoch(self) -> None:
+        """Once every loop has returned: they may begin anew, with other connections."""
+        lib.destination_next_epoch(self._pointer)
+
+    @property
+    def settled(self) -> bool:
+        """No page is held any more: there was no precopy, or its stale set has been applied."""
+        return bool(lib.destination_is_settled(self._pointer))
+
     def finish(self) -> LoopResult:
         return self._run("finish", lib.destination_finish)
 
@@ -311,6 +320,10 @@ class SourcePlane(_Plane):
     def open(self) -> None:
         """The guest is paused for good: its pages are final and may be sent (P2)."""
         lib.source_open(self._pointer)
+
+    def next_epoch(self, *, settled: bool) -> None:
+        """Once every loop has returned: they may begin anew. ``settled``: as the destination says of itself."""
+        lib.source_next_epoch(self._pointer, settled)
 
     def open_bulk(self) -> None:
         lib.source_open_bulk(self._pointer)

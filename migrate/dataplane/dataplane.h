@@ -107,6 +107,7 @@ void destination_stop(struct destination *destination);
 /* Readable once every page is final. */
 int destination_final_fd(const struct destination *destination);
 
+/* urgent_socket -1: between two epochs; faults on what is here are resolved, the others wait. */
 void fault_loop(struct destination *destination, int urgent_socket, struct loop_result *result);
 /* Before the loops begin: so many bulk connections there are, each with a receive_loop; 1 (the default) to STREAMS_MAX. */
 void destination_streams(struct destination *destination, uint32_t streams);
@@ -130,6 +131,12 @@ void destination_clean(struct destination *destination, struct loop_result *resu
 /* After that, before a migration: every huge page is allocated. LOOP_FINISHED, LOOP_STOPPED; LOOP_MEMORY_FAILED with ENOMEM or ENOSPC:
  * there is no room. Regions of 4 KiB pages take theirs as content comes. */
 void destination_back(struct destination *destination, struct loop_result *result);
+
+/* When every loop has returned because a connection was lost: the same loops may begin anew, with other connections or (the fault
+ * loop) none. */
+void destination_next_epoch(struct destination *destination);
+/* There was no precopy, or its stale set has been applied: the source need not tell it again. */
+bool destination_is_settled(const struct destination *destination);
 
 /* After the loops: check that every page is final, map what is only PRESENT, unregister. LOOP_FINISHED, or what is wrong;
  * on LOOP_INCOMPLETE nothing was unregistered (promise P3). */
@@ -194,6 +201,10 @@ void precopy_end(struct source *source, int bulk_socket, struct loop_result *res
 
 /* The guest has discarded these pages: a hole in the file. Scans are blind to that, so whatever has been sent of them is stale. */
 void source_discarded(struct source *source, uint32_t region, uint64_t page_index, uint64_t page_count);
+
+/* When every loop has returned because a connection was lost: they may begin anew, with other connections. The destination says by
+ * bulk what it lacks; settled: as destination_is_settled. */
+void source_next_epoch(struct source *source, bool settled);
 
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result);
 /* Bulk connection `stream`, from 0. */

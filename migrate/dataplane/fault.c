@@ -5,7 +5,8 @@
  * buffer of request frames; beyond that it stays REQUESTED in the state bytes, which are searched when there is room again.
  * Faults are read first whatever the network does. A fault right ahead of bulk waits a moment before the source is asked (patience.h).
  *
- * A guest may ask for REMOVE events besides: they are applied as they are read, before anything else is done (discard.c). */
+ * Without a connection (socket -1: it has been lost, epoch.c) it resolves what is here; what is not waits, and is asked for in the
+ * next epoch. A guest may ask for REMOVE events besides: they are applied as they are read, before anything else is done (discard.c). */
 #include <errno.h>
 #include <poll.h>
 
@@ -75,7 +76,7 @@ static void queue_overflowed(struct fault_context *context)
 static bool send_requests(struct fault_context *context, struct loop_result *result)
 {
     struct request_queue *queue = &context->queue;
-    while (queue->sent_bytes < queue->queued_bytes) {
+    while (queue->sent_bytes < queue->queued_bytes && context->inbox.channel.socket >= 0) {
         const char *from = (const char *)queue->frame + queue->sent_bytes;
         ssize_t sent_bytes = channel_send(&context->inbox.channel, from, queue->queued_bytes - queue->sent_bytes, result);
         if (sent_bytes < 0)
@@ -282,6 +283,8 @@ void fault_loop(struct destination *destination, int urgent_socket, struct loop_
     }
     thread_named("fault");
     schedule_urgent();
+    if (destination->recovering) /* what was asked for on another connection is asked for once more */
+        queue_overflowed(&context);
     while (fault_round(&context, result))
         ;
     patience_deinit(&context.patience);

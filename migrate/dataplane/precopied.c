@@ -158,13 +158,15 @@ static bool map_ahead(struct destination *destination, struct loop_result *resul
 
 bool settle_end(struct destination *destination, struct channel *channel, struct loop_result *result)
 {
-    atomic_store_explicit(&destination->settled_ns, clock_monotonic_ns(), memory_order_relaxed);
+    if (atomic_load_explicit(&destination->settled_ns, memory_order_relaxed) == 0)
+        atomic_store_explicit(&destination->settled_ns, clock_monotonic_ns(), memory_order_relaxed);
     eventfd_write(destination->judged_fd, 1);
     if (!verdict_send(channel, &destination->memory, FRAME_LACKS, is_lacking, destination, destination->stop_fd, result) ||
         !map_ahead(destination, result))
         return false;
     /* Counted only now: with the last final page the loops are stopped, and nobody would answer faults on what is not mapped. */
     destination_became_final(destination, destination->judged_final);
+    destination->judged_final = 0;
     return true;
 }
 

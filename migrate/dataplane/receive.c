@@ -9,6 +9,7 @@
 #include <sys/eventfd.h>
 
 #include "inbox.h"
+#include "precopied.h"
 #include "result.h"
 #include "schedule.h"
 
@@ -32,6 +33,17 @@ static bool receive_precopy(struct inbox *inbox, struct destination *destination
     return inbox_take_buffered(inbox, destination, result);
 }
 
+/* In a later epoch: the first connection goes on with the stale set if that has not been applied, else it says what is lacking. */
+static bool receive_again(struct inbox *inbox, struct destination *destination, uint32_t stream, struct loop_result *result)
+{
+    bool settled = destination_is_settled(destination);
+    if (stream == 0 && settled)
+        return settle_end(destination, &inbox->channel, result);
+    if (stream == 0)
+        inbox->phase = INBOX_STALE;
+    return stream == 0 || settled || wait_ready(destination->judged_fd, POLLIN, destination->stop_fd, result);
+}
+
 void receive_loop(struct destination *destination, int bulk_socket, uint32_t stream, bool precopy, struct loop_result *result)
 {
     result_reset(result);
@@ -44,7 +56,12 @@ void receive_loop(struct destination *destination, int bulk_socket, uint32_t str
     thread_named("receive");
     schedule_bulk();
     inbox.phase = precopy ? INBOX_PRECOPY : INBOX_FINAL;
-    if (!precopy || receive_precopy(&inbox, destination, stream, result))
+    bool begun = true;
+    if (precopy)
+        begun = receive_precopy(&inbox, destination, stream, result);
+    else if (destination->recovering)
+        begun = receive_again(&inbox, destination, stream, result);
+    if (begun)
         while (receive_round(&inbox, destination, result))
             ;
     inbox_deinit(&inbox);

@@ -16,8 +16,12 @@ static bool is_stale(const void *of, uint64_t page)
     return atomic_load_explicit(&source->pending[page], memory_order_relaxed);
 }
 
+/* Once: the guest stays paused, and what was found is kept for the next epoch. */
 static void find_stale(struct source *source)
 {
+    if (source->stale_is_found)
+        return;
+    source->stale_is_found = true;
     uint64_t newly = atomic_load_explicit(&source->pages_pending, memory_order_relaxed); /* discarded since they were sent */
     if (dirty_collect(&source->memory, source->pagemap_fd, false, source->pending, &newly) != 0) {
         newly = source->memory.page_total;
@@ -82,7 +86,10 @@ static bool receive_lacks(struct source *source, struct channel *channel, struct
 
 bool source_settle(struct source *source, struct channel *channel, struct loop_result *result)
 {
-    find_stale(source);
-    return verdict_send(channel, &source->memory, FRAME_STALE, is_stale, source, source->stop_fd, result) &&
-           receive_lacks(source, channel, result);
+    if (source->pagemap_fd >= 0 && !source->stale_is_known) {
+        find_stale(source);
+        if (!verdict_send(channel, &source->memory, FRAME_STALE, is_stale, source, source->stop_fd, result))
+            return false;
+    }
+    return receive_lacks(source, channel, result);
 }

@@ -17,6 +17,9 @@ struct source {
     _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path since the guest was paused */
     int pagemap_fd;         /* of the guest, borrowed; -1: no precopy */
     _Atomic uint8_t *pending; /* precopy, one byte a page: to be sent in this round; after the pause: stale */
+    bool recovering;        /* a connection has been lost: not the first epoch (epoch.c) */
+    bool stale_is_found;    /* the last scan has been made */
+    bool stale_is_known;    /* and the destination has applied what it found */
     _Atomic bool streaming; /* bulk sends: what nobody has asked for may go out */
     _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind a fault (serve.c); STEER_NONE. Who takes it goes there */
     _Atomic int32_t rounds_of_faults; /* so many runs more of bulk are small ones */

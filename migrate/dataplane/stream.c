@@ -73,7 +73,7 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
 static bool settled(struct stream_context *context, uint32_t stream, struct loop_result *result)
 {
     struct source *source = context->source;
-    if (source->pagemap_fd < 0)
+    if (source->pagemap_fd < 0 && !source->recovering) /* it lacks everything */
         return true;
     if (stream != 0)
         return wait_ready(source->settled_fd, POLLIN, source->stop_fd, result);
