@@ -18,12 +18,16 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.mark.parametrize(
-    "memory", [("12M",), pytest.param(("8M:hugetlb", "3M:tmpfs"), marks=pytest.mark.requires("hugetlb"))], ids=["one", "two-kinds"]
+    "memory",
+    [("12M",), pytest.param(("4M:hugetlb", "3M:tmpfs"), marks=pytest.mark.requires("hugetlb"))],
+    ids=["one", "two-kinds"],
 )
 def test_guest_that_writes_flat_out(pair: Pair, memory: tuple[str, ...]) -> None:
     """There and back, with zero pages that come and go. Each arrival is checked page by page, and all connections together have
     brought each page once, whatever was touched meanwhile."""
-    guest = Commuter(pair, f"busy-{len(memory)}", *memory, options=("--threads", "2", "--write-ratio", "1", "--zero-ratio", "0.2"))
+    guest = Commuter(
+        pair, f"busy-{len(memory)}", *memory, options=("--threads", "2", "--write-ratio", "1", "--zero-ratio", "0.2")
+    )
     for streams, rounds in ((2, 3), (8, "auto"), (3, "off")):
         reaches = guest.goes_to
         status = guest.move(streams=streams, precopy=rounds)
