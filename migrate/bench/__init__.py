@@ -19,10 +19,11 @@ from migrate.bench import resolvers
 from migrate.bench.figures import Bound, Result
 from migrate.bench.hybrid import hybrid
 from migrate.bench.scenarios import SCENARIOS as POSTCOPY
+from migrate.bench.streams import streams
 from migrate.bench.tracking import tracking
 from migrate.errors import PostcopyError
 
-SCENARIOS = {**POSTCOPY, "hybrid": hybrid, "tracking": tracking}
+SCENARIOS = {**POSTCOPY, "hybrid": hybrid, "tracking": tracking, "streams": streams}
 
 
 def environment() -> dict[str, Any]:

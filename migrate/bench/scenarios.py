@@ -42,13 +42,13 @@ class Shuttle:
         self.arrived: dict[str, object] = {}
         self.there: MigrationStatus | None = None
 
-    def move(self, *, bulk: bool = True, precopy: str = "off", warmed: bool = False) -> MigrationStatus:
+    def move(self, *, bulk: bool = True, precopy: str = "off", warmed: bool = False, streams: int = 1) -> MigrationStatus:
         """One migration, complete; afterwards the other end waits for the way back."""
         (leaves, leaving), (reaches, reaching) = self._ends
         with leaves.client() as client:
             if warmed:
                 warm(self.size_bytes)
-            begun = client.migrate(leaving.name, reaches.address, bulk=bulk, precopy=precopy)
+            begun = client.migrate(leaving.name, reaches.address, bulk=bulk, precopy=precopy, streams=streams)
             status = client.status(begun.id, settled_within_seconds=60)
         assert status.state == "complete", status
         seen = [reaching.event("stepped", "complete"), reaching.event("stepped", "complete")]  # in either order

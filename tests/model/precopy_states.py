@@ -17,8 +17,8 @@ Steps are as fine as what races. What one thread does with nobody else in it is 
 page's pending mark taken and the page read): a write of the guest's is before or behind it. A torn read of a page that is
 written meanwhile is no step of its own: the page has been written since it was armed, so it is stale whatever was sent.
 
-Left out: discards (the code has none); more than one bulk connection (nor these). The destination daemon's death *after* the
-resumption, which leaves the migration STALLED today: page_states.py explores the return, and only there does it show that
+Left out: discards (discard_states.py); more than one bulk connection (stream_order.py). The destination daemon's death *after*
+the resumption, which leaves the migration STALLED today: page_states.py explores the return, and only there does it show that
 PRESENT is stored before CONTINUE. The union of modes is the waiting guest's MISSING | MINOR (``missing_registered``). The
 source's registration for tracking is WP alone and needs no more: it is another userfaultfd, made when that guest is whole and
 the first one unregistered (memory belongs to one userfaultfd at a time), so that no fault of its guest waits for a page.

@@ -19,7 +19,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.mark.parametrize(
     "memory",
-    [("12M",), pytest.param(("8M:hugetlb", "3M:tmpfs"), marks=pytest.mark.requires("hugetlb"))],
+    [("12M",), pytest.param(("4M:hugetlb", "3M:tmpfs"), marks=pytest.mark.requires("hugetlb"))],
     ids=["one", "two-kinds"],
 )
 def test_guest_that_writes_flat_out(pair: Pair, memory: tuple[str, ...]) -> None:

@@ -19,8 +19,22 @@ TOKEN, STATE = b"0123456789abcdef", b"registers"
 
 # One good instance of every message, as it is on the wire.
 CONTROL: dict[str, dict[str, Any]] = {
-    "offer": {"guest_id": "db-1", "regions": [REGION], "clock_id": "here", "software": "postcopy 0.1", "precopy": True},
-    "accept": {"token": TOKEN, "waiting_guest_id": "w", "clock_id": "there", "software": "postcopy 0.1", "precopy": True},
+    "offer": {
+        "guest_id": "db-1",
+        "regions": [REGION],
+        "clock_id": "here",
+        "software": "postcopy 0.1",
+        "precopy": True,
+        "streams": 8,
+    },
+    "accept": {
+        "token": TOKEN,
+        "waiting_guest_id": "w",
+        "clock_id": "there",
+        "software": "postcopy 0.1",
+        "precopy": True,
+        "streams": 1,
+    },
     "refused": {"code": "busy", "what": "guest", "expected": "idle", "got": "migrating"},
     "clock_ping": {"sent_ns": 0},
     "clock_pong": {"sent_ns": 0, "peer_ns": (1 << 63) - 1},
@@ -88,6 +102,8 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("control", "accept", "token", [bytes(16)], [bytes(15), bytes(17), "0123456789abcdef"]),
     ("control", "clock_ping", "sent_ns", [0, (1 << 63) - 1], [-1, 1 << 63, 0.0, "0", True, None]),
     ("control", "offer", "precopy", [True, False], [0, 1, "yes", None]),
+    ("control", "offer", "streams", [1, 8], [0, 9, -1, True, 1.0, "2", None]),
+    ("control", "accept", "streams", [1, 8], [0, 9, True, "2", None]),
     ("control", "round", "pages", [0, (1 << 63) - 1], [-1, 1 << 63]),
     ("control", "round", "populated_bytes", [None, [], [0] * 64, [(1 << 63) - 1]], [[0] * 65, [-1], [True], 4096]),
     ("control", "prepare", "populated_bytes", [None, [0]], [[0] * 65, [1.0]]),
@@ -179,7 +195,15 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
     for field in (CONTROL if side == "control" else GUEST)[name]:
         body = on_wire(side, name)
         del body[field]
-        if field in ("offers", "declares", "precopy", "populated_bytes", "stale_window_ns", "remove_means"):  # optional
+        if field in (
+            "offers",
+            "declares",
+            "precopy",
+            "streams",
+            "populated_bytes",
+            "stale_window_ns",
+            "remove_means",
+        ):  # optional
             decoder(side).feed(wire(body))
             continue
         missing = refusal(side, wire(body))
