@@ -67,6 +67,11 @@ class DaemonClient:
     def cancel(self, migration_id: str) -> MigrationStatus:
         return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/cancel"))
 
+    def recover(self, migration_id: str, destination: str | None = None) -> MigrationStatus:
+        """Have a paused migration dial at once, from now on there."""
+        body = {"destination": destination}
+        return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/recover", body))
+
     def latency(self, migration_id: str) -> dict[str, Any]:
         return dict(self._call("GET", f"{_path(migration_id)}/latency"))
 

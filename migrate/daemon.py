@@ -24,7 +24,14 @@ from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
 from migrate.dataplane import prefer_latency
 from migrate.descriptor_store import DescriptorStore
 from migrate.destination import DestinationMigration
-from migrate.errors import GuestBusyError, GuestRefusedError, ListenRefusedError, NotFoundError, PostcopyError
+from migrate.errors import (
+    GuestBusyError,
+    GuestRefusedError,
+    ListenRefusedError,
+    NotFoundError,
+    NotRecoverableError,
+    PostcopyError,
+)
 from migrate.events import EventLog
 from migrate.guest_link import GuestLink, GuestState
 from migrate.http import HttpServers
@@ -160,6 +167,15 @@ class Daemon:
         )
         self._start(migration)
         return migration
+
+    def recover(self, migration: SourceMigration | DestinationMigration, address: Address | None) -> None:
+        """Have a paused migration dial at once, from now on there. Raises NotRecoverableError, ListenRefusedError."""
+        if not isinstance(migration, SourceMigration):
+            got = f"the destination; {migration.peer} is the source"
+            raise NotRecoverableError(f"migration {migration.id}", expected="to be asked at its source", got=got)
+        if address is not None:
+            require_loopback(address, "destination", insecure=self.insecure)
+        migration.recover(address)
 
     def migration(self, migration_id: str) -> SourceMigration | DestinationMigration:
         """By id or an unambiguous beginning of it. Raises NotFoundError."""
@@ -387,8 +403,8 @@ class Daemon:
                 notify(f"STATUS={status}")
                 log.warning(status, hint="a second SIGTERM ends at once; their missing pages then stay at the source")
                 said = waiting
-            if any(m.state is not State.STALLED for m in self.migrations.values() if self._owes_pages(m)):
-                extend_timeout(EXTENSION_SECONDS)  # not for the stalled ones: their wait has no end of its own
+            if any(m.state not in (State.PAUSED, State.STALLED) for m in self.migrations.values() if self._owes_pages(m)):
+                extend_timeout(EXTENSION_SECONDS)  # not for those that wait for a path or a person: that has no end of its own
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EXTENSION_SECONDS / 2):
                     await self._changed.wait()

@@ -23,7 +23,7 @@ from migrate.errors import CancelledByPeerError, ConnectionLostError, DeadlineEr
 from migrate.guest_link import GuestLink, GuestState
 from migrate.recovery import is_lost
 from migrate.room import Room
-from migrate.session import Migration
+from migrate.session import Migration, error_facts
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -321,6 +321,7 @@ class DestinationMigration(Arrival):
         self._end_epoch()
         self.start_loop("fault", lambda: plane.fault_loop(-1))
         if self.state is not State.PAUSED:
+            self.error = error_facts(error)
             self.advance(Event.LOST)
             self.log.warning("migration paused: the guest waits for what is not here", reason=str(error), peer=self.peer)
 
@@ -358,6 +359,7 @@ class DestinationMigration(Arrival):
             self.start_loop("receive", partial(plane.receive_loop, sock.fileno(), stream, precopy=False))
         self._control.send(Ready())
         self._control.keep_alive()
+        self.error = None
         self.advance(Event.RUNNING)
         self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
 
@@ -399,6 +401,7 @@ class DestinationMigration(Arrival):
         self.guest.on_discard = None
         self.guest.send(GuestComplete())
         self._summarize()
+        self.error = None
         self.advance(Event.COMPLETE)
         self._control.send(self._whole())
         self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)

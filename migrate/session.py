@@ -111,7 +111,8 @@ class MigrationStatus(BaseModel):
     downtime_uncertainty_seconds: Annotated[float, Field(description="How far off it may be, from the clocks of two hosts.")]
     precopy: Annotated[PrecopyInfo | None, Field(description="None: every page crosses after the switchover.")]
     switched_because: Annotated[str, Field(description="At the source: why precopy ended when it did, or why there was none.")]
-    error: ErrorFacts | None
+    epoch: Annotated[int, Field(description="How often its connections have been made anew, attempts included.")]
+    error: Annotated[ErrorFacts | None, Field(description="What it ended with; while it is paused, what was lost.")]
     timeline_seconds: Annotated[dict[str, float], Field(description="When each state was first reached, after the start.")]
 
 
@@ -301,6 +302,7 @@ class Migration:
             downtime_uncertainty_seconds=self.downtime_uncertainty_ns / 1e9,
             precopy=self.precopy_info(),
             switched_because=self.switched_because,
+            epoch=self.epoch,
             error=self.error,
             timeline_seconds={state: (at_ns - self._started_ns) / 1e9 for state, at_ns in self._timeline.items()},
         )

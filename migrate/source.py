@@ -32,7 +32,7 @@ from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
 from migrate.region import populated_bytes
 from migrate.rounds import PEER_REASON_SECONDS, Rounds, lost
-from migrate.session import Migration
+from migrate.session import Migration, error_facts
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -206,6 +206,7 @@ class SourceMigration(Departure):
                 if self.state not in (State.SWITCHOVER, State.POSTCOPY) or not is_lost(error):
                     raise
                 self._end_epoch()
+                self.error = error_facts(error)
                 self.advance(Event.LOST)
                 self.log.warning("migration paused: the path is lost, dialling again", reason=str(error), peer=self.peer)
                 step = self._recover
@@ -286,6 +287,7 @@ class SourceMigration(Departure):
         self.faults = dict(message.faults)
         self._stale_window_ns = message.stale_window_ns
         self._faults_there = sum(summary.count for summary in message.faults.values())
+        self.error = None
         self.advance(Event.COMPLETE)
         self._control.send(Released())
         self._stop_loops()  # before the memory files are closed
@@ -337,6 +339,7 @@ class SourceMigration(Departure):
         self._connections = DataConnections(self.streams)
         await self._attach()
         self._begin_stream()
+        self.error = None
         self.advance(Event.RUNNING)
         self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
 

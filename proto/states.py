@@ -44,7 +44,6 @@ class Event(StrEnum):
     FAILURE = "failure"  # anything that ends the attempt while the destination cannot have been told to run
     LOST = "lost"  # a connection or the peer's answer, when it can
     STALL = "stall"  # what no new connection can mend, when it can
-    RECOVER = "recover"  # somebody wants a stalled one to be tried again
     ABORT = "abort"  # the destination will never resume this epoch
 
 
@@ -68,7 +67,6 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
         (S.PAUSED, E.RUNNING): S.POSTCOPY,
         (S.PAUSED, E.COMPLETE): S.COMPLETE,
         (S.PAUSED, E.ABORT): S.FAILED,
-        (S.STALLED, E.RECOVER): S.PAUSED,
         **{(state, E.STALL): S.STALLED for state in (S.SWITCHOVER, S.POSTCOPY, S.PAUSED)},
         **{(state, E.CANCEL): S.CANCELLED for state in _BEFORE_PAUSE},
         **{(state, E.FAILURE): S.FAILED for state in (*_BEFORE_PAUSE, S.PAUSING)},

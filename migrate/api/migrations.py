@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import APIRouter, Path, Query, Response
 from pydantic.json_schema import SkipJsonSchema
 
-from migrate.api.models import KindLatency, Latency, MigrateRequest
+from migrate.api.models import KindLatency, Latency, MigrateRequest, RecoverRequest
 from migrate.api.problems import refusals
 from migrate.dataplane import FAULT_KINDS, Histogram
 from migrate.destination import DestinationMigration
@@ -161,4 +161,29 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
         """The guest runs on at the source. Answers at once: `cancelled` is reached a moment later."""
         found = daemon.migration(migration_id)
         found.cancel("asked by the operator")
+        return found.status()
+
+    @routes.post(
+        "/v1/migrations/{migration_id}/recover",
+        tags=["migrations"],
+        operation_id="recoverMigration",
+        summary="Dial again at once, or another address",
+        response_description="It is being tried; as it is at this moment.",
+        responses=refusals(
+            {
+                400: ("request-malformed", "The body is not JSON."),
+                403: ("listen-refused", "The destination is beyond loopback, and the daemon runs without --insecure."),
+                404: NOT_FOUND,
+                409: ("not-recoverable", "It is not paused, or this is the destination, which does not dial."),
+                413: ("request-too-large", "The body."),
+                415: ("media-type", "The body is not declared as application/json."),
+                422: INVALID,
+            }
+        ),
+    )
+    async def recover(migration_id: MigrationId, request: RecoverRequest) -> MigrationStatus:
+        """A paused migration dials by itself; this is for a destination that is reached in another way now."""
+        found = daemon.migration(migration_id)
+        address = None if request.destination is None else Address.parse(request.destination)
+        daemon.recover(found, address)
         return found.status()

@@ -75,6 +75,24 @@ class MigrateRequest(BaseModel):
         return PrecopyPolicy(rounds, self.max_rounds, self.max_stale_bytes, self.deadline_seconds)
 
 
+class RecoverRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"destination": "127.0.0.1:7642"}]})
+
+    destination: Annotated[
+        Annotated[
+            str,
+            Field(
+                max_length=300,
+                json_schema_extra={"pattern": ADDRESS_PATTERN},
+                description="HOST:PORT where it is reached now.",
+            ),
+            AfterValidator(_address),
+        ]
+        | None,
+        Field(description="Null: where it was."),
+    ] = None
+
+
 class KindLatency(BaseModel):
     """From reading a fault to its resolution. A value of a bucket is in [low, 17/16 low); the first holds all below it too."""
 

@@ -1,4 +1,4 @@
-"""``postcopy migrate``, ``list``, ``status``, ``events``, ``cancel``: what an operator does with a daemon."""
+"""``postcopy migrate``, ``list``, ``status``, ``events``, ``cancel``, ``recover``: what an operator does with a daemon."""
 
 import json
 import sys
@@ -27,6 +27,7 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command()(status)
     app.command()(events)
     app.command()(cancel)
+    app.command()(recover)
 
 
 def migrate(
@@ -207,3 +208,15 @@ def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_jso
     with DaemonClient(runtime_dir_of(daemon)) as client:
         now = client.cancel(migration)
     typer.echo(now.model_dump_json(indent=2) if as_json else f"cancelled: guest {now.guest_id} runs on at the source")
+
+
+def recover(
+    migration: MigrationArgument,
+    to: Annotated[str | None, typer.Option(help="HOST:PORT at which the destination is reached now.")] = None,
+    daemon: DaemonOption = "source",
+    as_json: JsonOption = False,
+) -> None:
+    """Have a paused migration dial at once, which it does by itself too; or another address from now on."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        now = client.recover(migration, to)
+    typer.echo(now.model_dump_json(indent=2) if as_json else f"dialling {now.peer}: guest {now.guest_id} waits for its pages")

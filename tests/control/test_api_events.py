@@ -22,7 +22,7 @@ from migrate.events import EVENTS_KEPT, EventLog
 from migrate.pair import DaemonProcess, Pair, wait_settled
 from migrate.session import MigrationStatus
 from migrate.switchover import WAIT_SECONDS_MAX, Quiet
-from proto.messages import ClockPing, ClockPong, Prepared, Running, Switchover
+from proto.messages import ClockPing, ClockPong, Prepared, Refused, Running, Switchover
 from proto.states import SETTLED, TRANSITIONS, Role, State
 
 from ..failure.fakes import FakeDestination, FakeGuest
@@ -165,12 +165,13 @@ def test_nothing_is_told_within_a_switchover(pair: Pair) -> None:
             while b'"state":"postcopy"' not in text:
                 text += stream.recv(1 << 16)
             assert b'"state":"switchover"' in text
+            fake.control.send(Refused(code="failed", what="the destination", expected="to go on", got="its end"))
         assert wait_settled(client, begun.id).state == "stalled"
         told = list(client.events(begun.id))
     order = [State.NEW, State.CONNECTING, State.ATTACHING, State.READY, State.PREPARING, State.PAUSING, State.SWITCHOVER]
     assert states(told) == [*order, State.POSTCOPY, State.STALLED]
     assert told[-2].event == "settled"
-    assert told[-2].data["migration"]["error"]["code"] == "connection-lost"
+    assert told[-2].data["migration"]["error"]["code"] == "failed"
 
 
 def all_that_is_there(stream: socket.socket) -> bytes:

@@ -255,7 +255,7 @@ def test_stalled_guest_does_not_put_the_end_off(tmp_path: Path) -> None:
         client.migrate("stalls", fake.address)
         fake.switch_over(guest)
         fake.control.close()
-        until(lambda: client.migrations()[0].state == "stalled", "stalled")
+        until(lambda: client.migrations()[0].state == "paused", "paused")
         assert daemon.told().startswith("FDSTORE=1\n")  # and is not removed
         daemon.signal(signal.SIGTERM)
         assert daemon.told() == "STOPPING=1"

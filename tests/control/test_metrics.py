@@ -16,7 +16,7 @@ from migrate.dataplane import FOLDED_BOUNDS_SECONDS, Histogram
 from migrate.metrics import GUESTS_KEPT, DaemonCollector, Totals
 from migrate.pair import DaemonProcess, Pair
 from proto.frame import Frame, FrameKind
-from proto.messages import ClockPing, ClockPong, Prepared, Running, Switchover
+from proto.messages import ClockPing, ClockPong, Prepared, Refused, Running, Switchover
 from proto.states import State
 
 from ..failure.fakes import FakeDestination, FakeGuest, FakeSource, place_of
@@ -183,7 +183,7 @@ def test_pages_that_a_stalled_migration_left_are_counted(pair: Pair, moved: obje
                 frame = Frame(FrameKind.PAGES, region=0, page_index=0, length_bytes=came * 4096)
                 source.bulk.sendall(frame.encode() + b"x" * frame.length_bytes)
             until(lambda: Scrape(pair.destination).value("postcopy_migration_pages_final", **lost) == came, "pages are there")
-            source.control.close()
+            source.control.send(Refused(code="failed", what="the source", expected="to go on", got="its end"))
             until(lambda: pair.destination.log().count('"migration stalled') == (1 if came else 2), "it has stalled")
             assert Scrape(pair.destination).value("postcopy_migration_phase", **lost, phase="stalled") == 1
             assert Scrape(pair.destination).value("postcopy_lost_pages_total", **lost) == lost_by_now

@@ -290,7 +290,7 @@ def test_destination_stores_memory_and_userfaultfd_and_drops_them_with_its_guest
             fake.control.receive(Running)
             if goes_first == "source":
                 fake.control.close()
-                until(lambda: "stalled" in daemon.log(), "stalled")
+                until(lambda: "migration paused" in daemon.log(), "paused")
                 manager.take_what_is_there()
                 assert len(manager.stored) == 2  # it may still be saved
             else:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from migrate.pair import Pair, Process, wait_settled
+from migrate.pair import Pair, Process
 from proto.messages import Aborted, Progress, Refused, Resume, Running
 
 from ..path.commuter import until
-from .fakes import FakeDestination, FakeGuest, FakeSource, PeerEndedError
+from .fakes import FakeDestination, FakeGuest, FakeSource, PeerEndedError, interrupted
 from .mutants import NONE, Mutation, build_c, python_tree
 
 pytestmark = pytest.mark.requires("uffd")
@@ -211,7 +211,7 @@ def control_is_cut_after_switchover(pair: Pair) -> str:
         fake.prepare(guest)
         fake.until_switchover_of(guest)
         fake.control.close()
-        assert wait_settled(client, begun.id).state == "stalled"
+        assert interrupted(client, begun.id).state == "paused"
         if guest.told_nothing():
             return ""
         assert guest.connection.receive(Resume).state is None
@@ -268,8 +268,8 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
         control_is_cut_after_switchover,
         Mutation(
             "migrate/source.py",
-            '            self.log.error("migration stalled: the guest stays paused here',
-            '            self._guest_runs_on()\n            self.log.error("migration stalled: the guest stays paused here',
+            '                self.log.warning("migration paused: the path is lost',
+            '                self._guest_runs_on()\n                self.log.warning("migration paused: the path is lost',
         ),
         "at the source and at the destination",
     ),
@@ -277,8 +277,8 @@ IN_PYTHON: dict[str, tuple[Scenario, Mutation, str]] = {
         guest_is_gone_after_resume,
         Mutation(
             "migrate/destination.py",
-            "        if self.state in (State.SWITCHOVER, State.POSTCOPY):\n            self.advance(Event.LOST)\n",
-            "        if self.state in (State.SWITCHOVER, State.POSTCOPY):\n            self._abort(str(error))\n",
+            "        if self.state in (State.SWITCHOVER, State.POSTCOPY, State.PAUSED):\n            self.advance(Event.STALL)\n",
+            "        if self.state in (State.SWITCHOVER, State.POSTCOPY, State.PAUSED):\n            self._abort(str(error))\n",
         ),
         "at the source and at the destination",
     ),

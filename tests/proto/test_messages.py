@@ -47,6 +47,9 @@ CONTROL: dict[str, dict[str, Any]] = {
     "running": {"epoch": 0},
     "aborted": {"epoch": 0, "reason": "resume refused"},
     "progress": {"pages_present": 1, "faults": 2, "downtime_ns": None, "downtime_uncertainty_ns": 0},
+    "recover": {"epoch": 3},
+    "recovered": {"epoch": 3, "settled": True},
+    "heartbeat": {},
     "complete": {
         "downtime_ns": -1,
         "downtime_uncertainty_ns": 4,

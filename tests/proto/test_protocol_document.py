@@ -70,7 +70,8 @@ def test_codes_and_kinds() -> None:
 CONTROL = [
     messages.Offer, messages.Accept, messages.Refused, messages.ClockPing, messages.ClockPong, messages.Ready, messages.Round,
     messages.Quiesced, messages.Prepare, messages.Prepared, messages.Switchover, messages.Running, messages.Aborted,
-    messages.Progress, messages.Complete, messages.Released, messages.Cancel,
+    messages.Progress, messages.Complete, messages.Released, messages.Cancel, messages.Recover, messages.Recovered,
+    messages.Heartbeat,
 ]  # fmt: skip
 GUEST = [
     messages.Hello, messages.Welcome, messages.Refused, messages.GuestPrepare, messages.GuestPrepared, messages.Track,
