@@ -15,8 +15,8 @@
 
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path)
 {
-    /* a whole page and the start of the next */
-    size_t wanted_bytes = 2 * ((size_t)destination->memory.page_bytes_max + FRAME_HEADER_BYTES);
+    /* a whole page, or chunk, and the start of the next */
+    size_t wanted_bytes = 2 * ((size_t)destination->memory.unit_bytes_max + FRAME_HEADER_BYTES);
     size_t least_bytes = path == PATH_BULK ? INBOX_BYTES_MIN : INBOX_URGENT_BYTES_MIN;
     *inbox = (struct inbox){.channel = {.socket = socket}, .path = path};
     inbox->capacity_bytes = wanted_bytes > least_bytes ? wanted_bytes : least_bytes;
@@ -67,9 +67,27 @@ static struct frame_verdict check_header(const struct inbox *inbox, const struct
         return verdict;
     if (frame->kind == FRAME_STALE)
         return verdict_check(memory, &inbox->stale, frame);
-    if (path_of_frame(inbox) == PATH_URGENT && frame->length_bytes != region->memory.page_bytes)
+    if (path_of_frame(inbox) == PATH_URGENT && frame->length_bytes != region->memory.page_bytes &&
+        !frame_is_piece(frame, region->memory.page_bytes))
         return (struct frame_verdict){FRAME_FIELD_LENGTH, region->memory.page_bytes, frame->length_bytes};
     return verdict;
+}
+
+/* Whole pages, or chunks, of the current frame; bytes is NULL for zeroes. */
+static bool take_units(struct inbox *inbox, struct destination *destination, uint64_t unit_count, const char *bytes, struct loop_result *result)
+{
+    const struct region *region = &destination->memory.regions[inbox->frame.region];
+    bool held = inbox->phase == INBOX_PRECOPY;
+    uint64_t first = inbox->next_unit;
+    inbox->next_unit += unit_count;
+    if (region->page_chunks > 0)
+        return held ? claims_hold(destination, region, first, unit_count, bytes, result)
+                    : claims_take(destination, region, first, unit_count, bytes, path_of_frame(inbox), result);
+    if (bytes)
+        return held ? precopy_hold_pages(destination, region, first, unit_count, bytes, result)
+                    : destination_take_pages(destination, region, first, unit_count, bytes, path_of_frame(inbox), result);
+    return held ? precopy_hold_zeroes(destination, region, first, unit_count, result)
+                : destination_take_zeroes(destination, region, first, unit_count, path_of_frame(inbox), result);
 }
 
 /* A header is whole: check it; zeroes are taken at once, payload from now on. */
@@ -82,7 +100,8 @@ static bool begin_frame(struct inbox *inbox, struct destination *destination, st
     if (verdict.field != FRAME_FIELD_NONE)
         return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
     const struct region *region = &destination->memory.regions[frame->region];
-    uint64_t page_count = frame->length_bytes / region->memory.page_bytes;
+    uint64_t unit_bytes = region_unit_bytes(region), page_units = region->memory.page_bytes / unit_bytes;
+    inbox->next_unit = frame->page_index * page_units + frame->offset_bytes / unit_bytes;
     if (path_of_frame(inbox) == PATH_AHEAD)
         count(&destination->bytes_readahead, FRAME_HEADER_BYTES + (frame->kind == FRAME_AHEAD ? frame->length_bytes : 0));
     switch (frame->kind) {
@@ -91,14 +110,11 @@ static bool begin_frame(struct inbox *inbox, struct destination *destination, st
         return true;
     case FRAME_ZERO:
     case FRAME_AHEAD_ZERO:
-        if (inbox->phase == INBOX_PRECOPY)
-            return precopy_hold_zeroes(destination, region, frame->page_index, page_count, result);
-        return destination_take_zeroes(destination, region, frame->page_index, page_count, path_of_frame(inbox), result);
+        return take_units(inbox, destination, frame->length_bytes / unit_bytes, NULL, result);
     case FRAME_STALE:
-        inbox->payload_bytes_left = verdict_bytes(page_count);
+        inbox->payload_bytes_left = verdict_bytes(frame->length_bytes / region->memory.page_bytes);
         return true;
     default:
-        inbox->next_page_index = frame->page_index;
         inbox->payload_bytes_left = frame->length_bytes;
         return true;
     }
@@ -121,7 +137,7 @@ static bool take_stale(struct inbox *inbox, struct destination *destination, siz
     return settle_end(destination, &inbox->channel, result);
 }
 
-/* Take the whole pages of the current frame that are in the buffer. */
+/* Take the whole pages, or chunks, of the current frame that are in the buffer. */
 static bool take_payload(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
     const struct region *region = &destination->memory.regions[inbox->frame.region];
@@ -130,18 +146,13 @@ static bool take_payload(struct inbox *inbox, struct destination *destination, s
         here_bytes = inbox->payload_bytes_left;
     if (inbox->frame.kind == FRAME_STALE)
         return take_stale(inbox, destination, here_bytes, result);
-    uint64_t page_count = here_bytes / region->memory.page_bytes;
-    if (page_count == 0)
+    uint64_t unit_count = here_bytes / region_unit_bytes(region), taken_bytes = unit_count * region_unit_bytes(region);
+    if (unit_count == 0)
         return true;
-    const char *bytes = inbox->buffer + inbox->start;
-    bool taken = inbox->phase == INBOX_PRECOPY
-                     ? precopy_hold_pages(destination, region, inbox->next_page_index, page_count, bytes, result)
-                     : destination_take_pages(destination, region, inbox->next_page_index, page_count, bytes, path_of_frame(inbox), result);
-    if (!taken)
+    if (!take_units(inbox, destination, unit_count, inbox->buffer + inbox->start, result))
         return false;
-    inbox->start += page_count * region->memory.page_bytes;
-    inbox->next_page_index += page_count;
-    inbox->payload_bytes_left -= page_count * region->memory.page_bytes;
+    inbox->start += taken_bytes;
+    inbox->payload_bytes_left -= taken_bytes;
     return true;
 }
 
@@ -190,7 +201,7 @@ bool inbox_take(struct inbox *inbox, struct destination *destination, struct loo
     if (inbox->start == inbox->end) {
         inbox->start = inbox->end = 0;
     } else if (inbox->capacity_bytes - inbox->end < inbox->capacity_bytes / 2) {
-        /* Less than half free behind: move the rest, at most one page, to the front. */
+        /* Less than half free behind: move the rest, at most one page or chunk, to the front. */
         memmove(inbox->buffer, inbox->buffer + inbox->start, inbox->end - inbox->start);
         inbox->end -= inbox->start;
         inbox->start = 0;

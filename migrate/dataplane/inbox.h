@@ -1,4 +1,4 @@
-/* Frames of one connection at the destination: bytes in, whole pages out. Serves the urgent and the bulk connection. */
+/* Frames of one connection at the destination: bytes in, whole pages out, or whole chunks of large ones (claims.h). Serves the urgent and the bulk connection. */
 #ifndef POSTCOPY_INBOX_H
 #define POSTCOPY_INBOX_H
 
@@ -24,7 +24,7 @@ struct inbox {
     size_t capacity_bytes;
     size_t start, end;         /* what is in it */
     struct frame_header frame; /* whose payload is being read */
-    uint64_t next_page_index;
+    uint64_t next_unit;          /* of its region: a page, or a chunk where pages come in chunks */
     uint64_t payload_bytes_left; /* of that frame; 0: a header comes next */
 };
 

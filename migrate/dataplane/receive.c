@@ -1,8 +1,7 @@
 /* The receive loop: a bulk connection at the destination. Waits, receives, takes what is whole (inbox.c, destination.c).
  *
  * After precopy it parks between the source's mark and the guest's resumption here: nothing else runs in a switchover, and
- * nothing is mapped in a guest that may still be refused (P2).
- * Not handled: pages larger than the hot buffer in chunks (FRAME_FLAG_MORE is refused). */
+ * nothing is mapped in a guest that may still be refused (P2). */
 #include <poll.h>
 #include <sys/eventfd.h>
 

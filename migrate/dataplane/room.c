@@ -12,11 +12,11 @@
 #include "destination.h"
 #include "result.h"
 
-#define STEP_BYTES (32u << 20) /* 4 to 80 ms between looks at stop_fd */
+#define STEP_BYTES (32u << 20) /* 4 to 80 ms between looks at stop_fd; a page of 1 GiB is one step */
 
 static bool allocate_all(const struct region *region, int stop_fd, struct loop_result *result)
 {
-    uint64_t step_pages = STEP_BYTES / region->memory.page_bytes;
+    uint64_t step_pages = STEP_BYTES > region->memory.page_bytes ? STEP_BYTES / region->memory.page_bytes : 1;
     for (uint64_t first = 0; first < region->page_count; first += step_pages) {
         struct pollfd stop = {.fd = stop_fd, .events = POLLIN};
         if (poll(&stop, 1, 0) > 0)

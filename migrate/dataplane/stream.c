@@ -2,6 +2,8 @@
  * Then it sends every page that has not gone out yet, in runs, starting behind the last fault and wrapping around; zero pages
  * as a marker.
  *
+ * Large pages go out in pieces (claims.h): a fault steers between two of them, and what is left of the page comes later.
+ *
  * A page is marked sent before it is read: the mark says who sends it by bulk. A page that was asked for meanwhile goes
  * out by both paths at worst, and the destination drops the later copy. */
 #include <poll.h>
@@ -50,6 +52,11 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
         return result_fail(result, LOOP_FINISHED, 0, "stream");
     const struct region *region = region_of_page(source, page);
     uint64_t page_index = page - region->first_page;
+    context->cursor = page;
+    if (region->page_chunks > 0) {
+        uint64_t chunk = 0;
+        return run_send_piece(&context->sender, region, page_index, &chunk, result);
+    }
     uint64_t run_bytes_max = context->rounds_of_faults > 0 ? RUN_BYTES_FAULTS : context->sender.buffer_bytes;
     uint64_t run_pages_max = run_bytes_max < region->memory.page_bytes ? 1 : run_bytes_max / region->memory.page_bytes;
     uint64_t run_pages = 0;
