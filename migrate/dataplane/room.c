@@ -37,11 +37,14 @@ void destination_back(struct destination *destination, struct loop_result *resul
         int error_number = memory->regions[r].is_hugetlb ? place_reserve(&memory->regions[r]) : 0;
         if (error_number != 0) {
             result_fail(result, LOOP_MEMORY_FAILED, error_number, "reserve");
+            result->region = r;
             return;
         }
     }
     for (uint32_t r = 0; r < memory->region_count; r++)
-        if (memory->regions[r].is_hugetlb && !allocate_all(&memory->regions[r], destination->stop_fd, result))
+        if (memory->regions[r].is_hugetlb && !allocate_all(&memory->regions[r], destination->stop_fd, result)) {
+            result->region = r;
             return;
+        }
     result->reason = LOOP_FINISHED;
 }
