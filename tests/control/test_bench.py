@@ -20,7 +20,7 @@ from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
-SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking"]
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "huge-urgent", "huge-stream"]
 VALUE = {"stream", "cpu", "sequential"}
 BARE = {"random", "tracking"}
 """Figures of the product alone."""
