@@ -93,11 +93,11 @@ static bool begin_write(const struct place_of_chunk *at)
 }
 
 /* Bytes, or zeroes, into the file. *filled: what that adds to the page's word. 0 or an errno. */
-static int write_chunk(const struct place_of_chunk *at, const char *bytes, enum page_path path, uint64_t *filled)
+static int write_chunk(const struct place_of_chunk *at, struct chunk_bytes *from, enum page_path path, uint64_t *filled)
 {
     bool in_file = atomic_load_explicit(at->chunk, memory_order_relaxed) & CHUNK_IN_FILE;
     *filled = 0;
-    if (!bytes) {
+    if (!from->bytes && !from->fill) {
         int error_number = in_file ? place_zero_chunk(at->region, at->chunk_index) : 0;
         if (in_file && error_number == 0) {
             atomic_fetch_and_explicit(at->chunk, (uint8_t)~CHUNK_IN_FILE, memory_order_relaxed);
@@ -109,7 +109,8 @@ static int write_chunk(const struct place_of_chunk *at, const char *bytes, enum 
         atomic_fetch_or_explicit(at->chunk, CHUNK_IN_FILE, memory_order_relaxed);
         *filled = ONE_FILLED;
     }
-    return place_chunk(at->region, at->chunk_index, bytes, path);
+    return from->fill ? from->fill(from, at->region->alias + at->chunk_index * FRAME_CHUNK_BYTES)
+                      : place_chunk(at->region, at->chunk_index, from->bytes, path);
 }
 
 /* It is final: nobody need ask for it any more. */
@@ -153,7 +154,7 @@ static bool publish(struct destination *destination, const struct place_of_chunk
     return true;
 }
 
-static bool take_chunk(struct destination *destination, const struct place_of_chunk *at, const char *bytes, enum page_path path,
+static bool take_chunk(struct destination *destination, const struct place_of_chunk *at, struct chunk_bytes *from, enum page_path path,
                        struct loop_result *result)
 {
     if (!note_copy(destination, at, path, result))
@@ -164,7 +165,7 @@ static bool take_chunk(struct destination *destination, const struct place_of_ch
         return true;
     }
     uint64_t filled;
-    int error_number = write_chunk(at, bytes, path, &filled);
+    int error_number = write_chunk(at, from, path, &filled);
     if (error_number != 0)
         return result_fail(result, LOOP_MEMORY_FAILED, error_number, "place"); /* still claimed: the page never is PRESENT */
     events_applied(destination);
@@ -174,18 +175,7 @@ static bool take_chunk(struct destination *destination, const struct place_of_ch
     return !(atomic_load(at->state) & PAGE_DISCARDED) || remove_if_quiet(destination, at, true, result);
 }
 
-bool claims_take(struct destination *destination, const struct region *region, uint64_t chunk_index, uint64_t chunk_count,
-                 const char *bytes, enum page_path path, struct loop_result *result)
-{
-    for (uint64_t i = 0; i < chunk_count; i++) {
-        struct place_of_chunk at = find(destination, region, chunk_index + i);
-        if (!take_chunk(destination, &at, bytes ? bytes + i * FRAME_CHUNK_BYTES : NULL, path, result))
-            return false;
-    }
-    return true;
-}
-
-static bool hold_chunk(struct destination *destination, const struct place_of_chunk *at, const char *bytes, struct loop_result *result)
+static bool hold_chunk(struct destination *destination, const struct place_of_chunk *at, struct chunk_bytes *from, struct loop_result *result)
 {
     uint8_t before;
     if (!page_claim_precopy(at->state, &before)) { /* a waiting guest that touches its memory has asked for it: it comes when it is final */
@@ -193,7 +183,7 @@ static bool hold_chunk(struct destination *destination, const struct place_of_ch
         return true;
     }
     uint64_t step;
-    int error_number = write_chunk(at, bytes, PATH_BULK, &step);
+    int error_number = write_chunk(at, from, PATH_BULK, &step);
     if (!(atomic_fetch_or_explicit(at->chunk, CHUNK_HELD, memory_order_relaxed) & CHUNK_HELD))
         step += ONE_HELD;
     uint64_t now = atomic_fetch_add(at->word, step) + step;
@@ -208,15 +198,34 @@ static bool hold_chunk(struct destination *destination, const struct place_of_ch
     return true;
 }
 
-bool claims_hold(struct destination *destination, const struct region *region, uint64_t chunk_index, uint64_t chunk_count,
-                 const char *bytes, struct loop_result *result)
+bool claims_take_one(struct destination *destination, const struct region *region, uint64_t chunk_index, struct chunk_bytes *from, bool held,
+                     enum page_path path, struct loop_result *result)
+{
+    struct place_of_chunk at = find(destination, region, chunk_index);
+    return held ? hold_chunk(destination, &at, from, result) : take_chunk(destination, &at, from, path, result);
+}
+
+static bool take_all(struct destination *destination, const struct region *region, uint64_t chunk_index, uint64_t chunk_count, const char *bytes,
+                     bool held, enum page_path path, struct loop_result *result)
 {
     for (uint64_t i = 0; i < chunk_count; i++) {
-        struct place_of_chunk at = find(destination, region, chunk_index + i);
-        if (!hold_chunk(destination, &at, bytes ? bytes + i * FRAME_CHUNK_BYTES : NULL, result))
+        struct chunk_bytes from = {.bytes = bytes ? bytes + i * FRAME_CHUNK_BYTES : NULL};
+        if (!claims_take_one(destination, region, chunk_index + i, &from, held, path, result))
             return false;
     }
     return true;
+}
+
+bool claims_take(struct destination *destination, const struct region *region, uint64_t chunk_index, uint64_t chunk_count,
+                 const char *bytes, enum page_path path, struct loop_result *result)
+{
+    return take_all(destination, region, chunk_index, chunk_count, bytes, false, path, result);
+}
+
+bool claims_hold(struct destination *destination, const struct region *region, uint64_t chunk_index, uint64_t chunk_count,
+                 const char *bytes, struct loop_result *result)
+{
+    return take_all(destination, region, chunk_index, chunk_count, bytes, true, PATH_BULK, result);
 }
 
 bool claims_discard(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count, bool punch,

@@ -5,7 +5,7 @@
  * with the last of them; WANTED is kept meanwhile. PRESENT says that all are in place, and only then is the page mapped.
  *
  * P1: who sets a chunk's CLAIMED writes it, nobody else ever does, and a page is PRESENT when all of its chunks were claimed and written:
- * so none is written afterwards. A claim lasts for one copy out of the hot buffer, never for a wait. A connection that is cut in
+ * so none is written afterwards. A claim lasts for one copy, out of the hot buffer or of a socket that has all of it, never for a wait. A connection that is cut in
  * the middle of a page leaves it RECEIVING, which counts as ABSENT: it is not final, nothing of it is mapped.
  *
  * Discards. The page is DISCARDED at once, which refuses further chunks; it is closed, made a hole, and left as REMOVED by whoever finds
@@ -31,6 +31,13 @@ struct claims {
     _Atomic uint64_t *page; /* of each page in chunks: how many of these (claims.c) */
 };
 
+/* What brings the bytes of a chunk: out of the hot buffer; or, where the kernel can bring them to where they belong, by that. It
+ * never waits. */
+struct chunk_bytes {
+    const char *bytes;                               /* in the buffer; NULL: zeroes, unless */
+    int (*fill)(struct chunk_bytes *of, char *into); /* it is called with where they belong. 0 or an errno */
+};
+
 /* 0 or ENOMEM. */
 int claims_init(struct claims *claims, const struct memory *memory);
 void claims_deinit(struct claims *claims);
@@ -41,6 +48,9 @@ bool claims_take(struct destination *destination, const struct region *region, u
 /* The same of a round of precopy: to be held. */
 bool claims_hold(struct destination *destination, const struct region *region, uint64_t chunk_index, uint64_t chunk_count,
                  const char *bytes, struct loop_result *result);
+/* The same of one chunk, held or final, wherever its bytes are; where nobody needs them they stay there. */
+bool claims_take_one(struct destination *destination, const struct region *region, uint64_t chunk_index, struct chunk_bytes *from, bool held,
+                     enum page_path path, struct loop_result *result);
 /* The guest has discarded these pages. punch: not by itself, or too early. */
 bool claims_discard(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count, bool punch,
                     struct loop_result *result);

@@ -256,6 +256,8 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         {.fd = destination->stop_fd, .events = POLLIN},
         {.fd = context->patience.timer_fd, .events = POLLIN},
     };
+    if (!inbox_expect_chunk(&context->inbox, destination, result))
+        return false;
     if (poller_wait(&context->poller, polled, 4, &destination->polled_ns) < 0)
         return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
     if (polled[2].revents)

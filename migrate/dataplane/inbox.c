@@ -2,10 +2,17 @@
  *
  * Bytes are received into a small buffer that stays in the cache and brought into place from there: receiving into the
  * page itself would hold its claim across a wait for the network (P1), and a first byte in the page cache turns a touch
- * into a minor fault on half a page. The extra copy costs a tenth of what allocating the page does. */
+ * into a minor fault on half a page. The extra copy costs a tenth of what allocating the page does.
+ *
+ * A chunk of a large page, whose memory is there already, is received where it belongs, without that copy: when the socket has all of
+ * it, so that there is nothing to wait for. For that no more is received into the buffer than what is behind: the next header.
+ * Otherwise it comes by the buffer, too. */
 #include "inbox.h"
 
+#include <errno.h>
 #include <stdlib.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
 
 #include "precopied.h"
 #include "result.h"
@@ -188,10 +195,87 @@ static _Atomic uint64_t *bytes_counter(const struct inbox *inbox, struct destina
     return inbox->phase == INBOX_PRECOPY ? &destination->bytes_precopy : &destination->bytes_bulk;
 }
 
+/* The frame goes on with a chunk of which nothing has been received, and it can be received in place. */
+static bool chunk_comes(const struct inbox *inbox, const struct destination *destination)
+{
+    const struct region *region = &destination->memory.regions[inbox->frame.region];
+    return inbox->payload_bytes_left > 0 && inbox->frame.kind != FRAME_STALE && inbox->start == inbox->end && region->page_chunks > 0 &&
+           region->is_hugetlb;
+}
+
+bool inbox_expect_chunk(struct inbox *inbox, const struct destination *destination, struct loop_result *result)
+{
+    return destination->memory.large_total == 0 ||
+           channel_expect(&inbox->channel, chunk_comes(inbox, destination) ? FRAME_CHUNK_BYTES : 1, result);
+}
+
+struct chunk_in_socket {
+    struct chunk_bytes from; /* the first member */
+    struct inbox *inbox;
+    bool received;
+};
+
+/* The chunk, and behind a frame's last one as much as there is of the next header. */
+static int receive_in_place(struct chunk_bytes *from, char *into)
+{
+    struct chunk_in_socket *chunk = (struct chunk_in_socket *)from;
+    struct inbox *inbox = chunk->inbox;
+    struct iovec pieces[2] = {{into, FRAME_CHUNK_BYTES}, {inbox->buffer, FRAME_HEADER_BYTES}};
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = inbox->payload_bytes_left > FRAME_CHUNK_BYTES ? 1 : 2};
+    ssize_t received_bytes = recvmsg(inbox->channel.socket, &message, MSG_DONTWAIT);
+    if (received_bytes < (ssize_t)FRAME_CHUNK_BYTES) /* all of it was there, so it is the memory that is not */
+        return received_bytes < 0 ? errno : EFAULT;
+    inbox->end = (size_t)received_bytes - FRAME_CHUNK_BYTES;
+    chunk->received = true;
+    return 0;
+}
+
+/* *taken: the next chunk was in the socket as a whole, and has been received in place. */
+static bool take_in_place(struct inbox *inbox, struct destination *destination, bool *taken, struct loop_result *result)
+{
+    int there_bytes = 0;
+    *taken = false;
+    if (!chunk_comes(inbox, destination) || ioctl(inbox->channel.socket, FIONREAD, &there_bytes) < 0 || there_bytes < (int)FRAME_CHUNK_BYTES)
+        return true;
+    struct chunk_in_socket chunk = {.from = {.fill = receive_in_place}, .inbox = inbox};
+    inbox->start = inbox->end = 0;
+    bool held = inbox->phase == INBOX_PRECOPY;
+    const struct region *region = &destination->memory.regions[inbox->frame.region];
+    if (!claims_take_one(destination, region, inbox->next_unit, &chunk.from, held, path_of_frame(inbox), result))
+        return false;
+    if (!chunk.received) { /* nobody needs it */
+        int error_number = receive_in_place(&chunk.from, inbox->buffer + FRAME_HEADER_BYTES);
+        if (error_number != 0)
+            return result_fail(result, LOOP_CONNECTION_FAILED, error_number, "recv");
+    }
+    inbox->next_unit++;
+    inbox->payload_bytes_left -= FRAME_CHUNK_BYTES;
+    count(bytes_counter(inbox, destination), FRAME_CHUNK_BYTES + inbox->end);
+    return *taken = true;
+}
+
+/* What comes behind the current frame stays in the socket, but for its header: perhaps it can be received in place. */
+static size_t wanted_bytes(const struct inbox *inbox, const struct destination *destination)
+{
+    size_t room_bytes = inbox->capacity_bytes - inbox->end, here_bytes = inbox->end - inbox->start;
+    if (destination->memory.large_total == 0)
+        return room_bytes;
+    uint64_t end_bytes = inbox->payload_bytes_left + FRAME_HEADER_BYTES;
+    bool large = inbox->payload_bytes_left > 0 && destination->memory.regions[inbox->frame.region].page_chunks > 0;
+    if (large && inbox->frame.kind != FRAME_STALE && inbox->payload_bytes_left > FRAME_CHUNK_BYTES)
+        end_bytes = FRAME_CHUNK_BYTES; /* no further than the chunk that has begun */
+    uint64_t wanted_bytes = end_bytes > here_bytes ? end_bytes - here_bytes : 1;
+    return wanted_bytes < room_bytes ? wanted_bytes : room_bytes;
+}
+
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
-    ssize_t received_bytes =
-        channel_receive(&inbox->channel, inbox->buffer + inbox->end, inbox->capacity_bytes - inbox->end, result);
+    bool taken;
+    if (!take_in_place(inbox, destination, &taken, result))
+        return false;
+    if (taken)
+        return inbox_take_buffered(inbox, destination, result);
+    ssize_t received_bytes = channel_receive(&inbox->channel, inbox->buffer + inbox->end, wanted_bytes(inbox, destination), result);
     if (received_bytes < 0)
         return false;
     inbox->end += (size_t)received_bytes;

@@ -32,6 +32,8 @@ struct inbox {
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path);
 void inbox_deinit(struct inbox *inbox);
 
+/* On the urgent connection of a guest with large pages: let a wait end when a chunk is there, where one is on its way. */
+bool inbox_expect_chunk(struct inbox *inbox, const struct destination *destination, struct loop_result *result);
 /* Let a wait end only when the rest of the current frame is there, or as much of it as fits. */
 bool inbox_expect_run(struct inbox *inbox, struct loop_result *result);
 

@@ -87,6 +87,19 @@ int memory_map_aliases(struct memory *memory)
     return 0;
 }
 
+void memory_map_large(struct memory *memory)
+{
+    for (uint32_t i = 0; i < memory->region_count; i++) {
+        struct region *region = &memory->regions[i];
+        if (!region->is_hugetlb || region->page_chunks == 0)
+            continue;
+        void *mapping = mmap(NULL, region->memory.size_bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->memory.memory_fd,
+                             (off_t)region->memory.offset_bytes);
+        if (mapping != MAP_FAILED)
+            region->alias = mapping;
+    }
+}
+
 void memory_deinit(struct memory *memory)
 {
     for (uint32_t i = 0; i < memory->region_count; i++)

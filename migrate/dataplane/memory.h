@@ -32,6 +32,9 @@ struct memory {
 int memory_init(struct memory *memory, const struct memory_region *regions, uint32_t region_count);
 /* Seal the files against shrinking where that is possible and map those aliases. 0 or an errno. */
 int memory_map_aliases(struct memory *memory);
+/* At the source: large pages are sent from a mapping of hugetlbfs files, where a page takes one entry of the page tables. Only the kernel
+ * touches it, which answers EFAULT where we would be sent SIGBUS; where it cannot be mapped there is none. */
+void memory_map_large(struct memory *memory);
 void memory_deinit(struct memory *memory);
 
 /* The region of a flat page number below page_total. */

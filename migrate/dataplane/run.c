@@ -1,11 +1,13 @@
 /* One run of pages, or of chunks of a large page, out of the guest's memory and onto a connection: read, zero ones told from others,
  * sent. Whatever the size of pages, a run is no longer than the buffer. */
+#include <errno.h>
 #include <stdlib.h>
 
 #include "result.h"
 #include "source.h"
 
 #define URGENT_BYTES FRAME_CHUNK_BYTES /* the destination places one piece while the next is on its way */
+#define LOOK_BYTES 4096u /* of a chunk, before all of it */
 #define RUN_BYTES (1u << 20) /* fewest wake-ups a byte: 256 KiB runs reach 0.88 of its rate, 64 KiB ones 0.75 */
 
 int run_sender_init(struct run_sender *sender, struct source *source, int socket, enum run_path path)
@@ -61,11 +63,43 @@ static enum frame_kind kind_of(const struct run_sender *sender, bool zero)
 }
 
 /* One frame: its header, and its bytes unless they are zero (NULL). */
-static bool send_piece(struct run_sender *sender, struct frame_header *header, char *bytes, struct loop_result *result)
+static bool send_piece(struct run_sender *sender, struct frame_header *header, const char *bytes, struct loop_result *result)
 {
-    struct iovec pieces[2] = {{header, FRAME_HEADER_BYTES}, {bytes, bytes ? header->length_bytes : 0}};
+    struct iovec pieces[2] = {{header, FRAME_HEADER_BYTES}, {(void *)(uintptr_t)bytes, bytes ? header->length_bytes : 0}};
     count_bytes(sender, FRAME_HEADER_BYTES + pieces[1].iov_len);
-    return channel_send_all(&sender->channel, pieces, bytes ? 2 : 1, sender->source->stop_fd, result);
+    if (channel_send_all(&sender->channel, pieces, bytes ? 2 : 1, sender->source->stop_fd, result))
+        return true;
+    if (result->error_number == EFAULT) /* the guest has truncated its file, or there is no huge page for a hole that it has just made */
+        result->reason = LOOP_MEMORY_FAILED;
+    return false;
+}
+
+/* Where the content of these units is: in the buffer, read into it, or where the kernel alone touches it (memory_map_large). */
+static const char *content_of(const struct run_sender *sender, const struct region *region, uint64_t start_bytes, uint64_t size_bytes,
+                              struct loop_result *result)
+{
+    if (region->alias)
+        return region->alias + start_bytes;
+    return source_read_bytes(region, start_bytes, size_bytes, sender->buffer, result) ? sender->buffer : NULL;
+}
+
+/* Most units that are not zero show it soon. */
+static bool is_zero(const struct run_sender *sender, const struct region *region, uint64_t start_bytes, const char *content, bool *zero,
+                    struct loop_result *result)
+{
+    uint64_t unit_bytes = region_unit_bytes(region);
+    if (!region->alias) {
+        *zero = page_is_zero(content, unit_bytes);
+        return true;
+    }
+    *zero = true;
+    for (uint64_t done_bytes = 0, look_bytes = LOOK_BYTES; *zero && done_bytes < unit_bytes; done_bytes += look_bytes) {
+        look_bytes = done_bytes == 0 ? LOOK_BYTES : unit_bytes - done_bytes;
+        if (!source_read_bytes(region, start_bytes + done_bytes, look_bytes, sender->buffer, result))
+            return false;
+        *zero = page_is_zero(sender->buffer, look_bytes);
+    }
+    return true;
 }
 
 /* Read so many pages, or chunks, from a byte of the region on, and send them in runs that are alike. *filled: those with content. */
@@ -73,21 +107,23 @@ static bool send_units(struct run_sender *sender, const struct region *region, u
                        struct loop_result *result)
 {
     uint64_t unit_bytes = region_unit_bytes(region);
-    char *content = sender->buffer;
+    const char *content = content_of(sender, region, start_bytes, unit_count * unit_bytes, result);
+    bool zero, next_zero = false;
     *filled = 0;
-    if (!source_read_bytes(region, start_bytes, unit_count * unit_bytes, content, result))
+    if (!content || !is_zero(sender, region, start_bytes, content, &next_zero, result))
         return false;
-    for (uint64_t done = 0; done < unit_count;) {
-        bool zero = page_is_zero(content + done * unit_bytes, unit_bytes);
-        uint64_t alike = 1;
-        while (done + alike < unit_count && page_is_zero(content + (done + alike) * unit_bytes, unit_bytes) == zero)
-            alike++;
+    for (uint64_t done = 0, alike; done < unit_count; done += alike) {
+        zero = next_zero;
+        for (alike = 1; done + alike < unit_count && next_zero == zero; alike += next_zero == zero) {
+            uint64_t ahead_bytes = (done + alike) * unit_bytes;
+            if (!is_zero(sender, region, start_bytes + ahead_bytes, content + ahead_bytes, &next_zero, result))
+                return false;
+        }
         struct frame_header header =
             frame_of_bytes(sender->source, kind_of(sender, zero), region, start_bytes + done * unit_bytes, alike * unit_bytes);
         if (!send_piece(sender, &header, zero ? NULL : content + done * unit_bytes, result))
             return false;
         *filled += zero ? 0 : alike;
-        done += alike;
     }
     return true;
 }
