@@ -179,15 +179,6 @@ bool inbox_take_buffered(struct inbox *inbox, struct destination *destination, s
     }
 }
 
-bool inbox_expect_run(struct inbox *inbox, struct loop_result *result)
-{
-    size_t here_bytes = inbox->end - inbox->start;
-    uint64_t whole_bytes = inbox->payload_bytes_left > 0 ? inbox->payload_bytes_left : FRAME_HEADER_BYTES;
-    uint64_t wanted_bytes = whole_bytes > here_bytes ? whole_bytes - here_bytes : 1;
-    size_t room_bytes = inbox->capacity_bytes - inbox->end;
-    return channel_expect(&inbox->channel, wanted_bytes < room_bytes ? wanted_bytes : room_bytes, result);
-}
-
 static _Atomic uint64_t *bytes_counter(const struct inbox *inbox, struct destination *destination)
 {
     if (inbox->path == PATH_URGENT)
@@ -207,6 +198,17 @@ bool inbox_expect_chunk(struct inbox *inbox, const struct destination *destinati
 {
     return destination->memory.large_total == 0 ||
            channel_expect(&inbox->channel, chunk_comes(inbox, destination) ? FRAME_CHUNK_BYTES : 1, result);
+}
+
+bool inbox_expect_run(struct inbox *inbox, const struct destination *destination, struct loop_result *result)
+{
+    if (chunk_comes(inbox, destination))
+        return channel_expect(&inbox->channel, FRAME_CHUNK_BYTES, result);
+    size_t here_bytes = inbox->end - inbox->start;
+    uint64_t whole_bytes = inbox->payload_bytes_left > 0 ? inbox->payload_bytes_left : FRAME_HEADER_BYTES;
+    uint64_t wanted_bytes = whole_bytes > here_bytes ? whole_bytes - here_bytes : 1;
+    size_t room_bytes = inbox->capacity_bytes - inbox->end;
+    return channel_expect(&inbox->channel, wanted_bytes < room_bytes ? wanted_bytes : room_bytes, result);
 }
 
 struct chunk_in_socket {

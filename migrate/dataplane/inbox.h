@@ -35,7 +35,7 @@ void inbox_deinit(struct inbox *inbox);
 /* On the urgent connection of a guest with large pages: let a wait end when a chunk is there, where one is on its way. */
 bool inbox_expect_chunk(struct inbox *inbox, const struct destination *destination, struct loop_result *result);
 /* Let a wait end only when the rest of the current frame is there, or as much of it as fits. */
-bool inbox_expect_run(struct inbox *inbox, struct loop_result *result);
+bool inbox_expect_run(struct inbox *inbox, const struct destination *destination, struct loop_result *result);
 
 /* Receive what is there and take every whole page of it. False: result says why not. */
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result);
