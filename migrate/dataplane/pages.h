@@ -95,7 +95,7 @@ static inline bool page_discard(page_byte *page)
 static inline bool page_receive_chunk(page_byte *page)
 {
     uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
-    while (PAGE_STATE(seen) == PAGE_ABSENT || PAGE_STATE(seen) == PAGE_REQUESTED) {
+    while (PAGE_STATE(seen) < PAGE_RECEIVING) { /* ABSENT, REQUESTED */
         uint8_t next = (uint8_t)(PAGE_RECEIVING | (seen & PAGE_WANTED));
         if (atomic_compare_exchange_weak_explicit(page, &seen, next, memory_order_acq_rel, memory_order_acquire))
             return true;

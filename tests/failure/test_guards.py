@@ -61,6 +61,7 @@ IN_C: dict[str, tuple[str, tuple[Mutation, ...], tuple[Mutation, ...]]] = {
 
 
 PRECOPY_MAIN = "tests/path/precopy_main.c"
+CHUNKS_MAIN = "tests/path/chunks_main.c"
 ASKED_WHEN_HELD = "        if (seen == PAGE_ABSENT || seen == PAGE_HELD || seen == PAGE_HELD_ZERO)\n"
 HELD_IS_REMOTE = "    case PAGE_HELD:\n    case PAGE_HELD_ZERO: /* the"
 PRESENT_IS_LOCAL = "    case PAGE_PRESENT: /* received a moment ago, or */\n"
@@ -80,6 +81,20 @@ IN_PRECOPY: dict[str, tuple[Mutation, ...]] = {
     ),
     "P2 old bytes go before a page is zero": (
         Mutation("migrate/dataplane/destination.c", "run_pages > 0 ? place_zeroes(region, page_index, run_pages) : 0;", "0;"),
+    ),
+}
+
+
+CLAIMS_C = "migrate/dataplane/claims.c"
+# each removed from pages whose chunks come in any order, by two connections at once
+IN_CHUNKS: dict[str, Mutation] = {
+    "P1 a chunk is claimed once": Mutation(
+        CLAIMS_C,
+        "    if (atomic_fetch_or_explicit(at->chunk, CHUNK_CLAIMED, memory_order_acquire) & CHUNK_CLAIMED)\n        return false;\n",
+        "",
+    ),
+    "P1 PRESENT when all chunks are there": Mutation(
+        CLAIMS_C, "    if (PLACED(now) == at->region->page_chunks)", "    if (PLACED(now) == 1)"
     ),
 }
 
@@ -115,6 +130,21 @@ def precopying(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> No
 @pytest.mark.parametrize("guard", IN_PRECOPY)
 def test_guard_of_precopy(guard: str, precopying: None, repository: Path, tmp_path: Path) -> None:
     broken = run_c(build_c(repository, tmp_path, *IN_PRECOPY[guard], main=PRECOPY_MAIN), *PRECOPY_MOVES)
+    assert broken.returncode == 1
+    assert "failed:" in broken.stderr
+
+
+@pytest.fixture(scope="module")
+def in_chunks(repository: Path, tmp_path_factory: pytest.TempPathFactory, hugetlb_pool: int) -> None:
+    """With every guard it holds."""
+    held = run_c(build_c(repository, tmp_path_factory.mktemp("chunks"), main=CHUNKS_MAIN), "scattered")
+    assert (held.returncode, held.stdout) == (0, "scattered: held\n"), held.stderr
+
+
+@pytest.mark.parametrize("guard", IN_CHUNKS)
+@pytest.mark.requires("hugetlb")
+def test_guard_of_chunks(guard: str, in_chunks: None, repository: Path, tmp_path: Path) -> None:
+    broken = run_c(build_c(repository, tmp_path, IN_CHUNKS[guard], main=CHUNKS_MAIN), "scattered")
     assert broken.returncode == 1
     assert "failed:" in broken.stderr
 
