@@ -128,8 +128,8 @@ def _compare(bound: room.Bound, ours: Iterable[_File], theirs: Iterable[_File]) 
 
 
 def no_huge_pages(regions: Sequence[MemoryRegion], lacking: int, error_number: int) -> NoRoomError | None:
-    """The data plane could not allocate those of the region ``lacking``: how many there are to be of that size, and of what there are not
-    so many. None: that was not the reason."""
+    """The data plane could not allocate those of the region ``lacking``: how many of that size the guest needs, and of what there
+    are not so many. None: that was not the reason."""
     if error_number not in (errno.ENOMEM, errno.ENOSPC):
         return None
     page_bytes = regions[lacking].page_bytes

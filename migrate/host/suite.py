@@ -86,7 +86,7 @@ def hugetlb() -> Feature:
 
 
 def gigantic() -> Feature:
-    """Two pages of 1 GiB are free, or can be had: the kernel has to find them in one piece, so it is tried. Given back at once."""
+    """Two pages of 1 GiB are free, or can be had: each in one piece, so it is tried, and they are given back at once."""
     pages = pool(GIGANTIC_PAGE_BYTES)
     if pages is None:
         return Feature("gigantic", False, "this kernel has no pages of 1 GiB", "use a processor with pdpe1gb")

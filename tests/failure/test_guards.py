@@ -90,8 +90,8 @@ CLAIMS_C = "migrate/dataplane/claims.c"
 IN_CHUNKS: dict[str, Mutation] = {
     "P1 a chunk is claimed once": Mutation(
         CLAIMS_C,
-        "    if (atomic_fetch_or_explicit(at->chunk, CHUNK_CLAIMED, memory_order_acquire) & CHUNK_CLAIMED)\n        return false;\n",
-        "",
+        "(atomic_fetch_or_explicit(at->chunk, CHUNK_CLAIMED, memory_order_acquire) & CHUNK_CLAIMED)",
+        "(0)",
     ),
     "P1 PRESENT when all chunks are there": Mutation(
         CLAIMS_C, "    if (PLACED(now) == at->region->page_chunks)", "    if (PLACED(now) == 1)"
