@@ -13,7 +13,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-en
 #define FRAME_MAGIC 0x4350u /* the bytes 'P' 'C' */
 #define FRAME_HEADER_BYTES 24
 #define FRAME_LENGTH_BYTES_MAX 0x40000000u /* 1 GiB: the largest page, the longest run */
-#define FRAME_CHUNK_BYTES 0x20000u         /* 128 KiB: a larger page may come in pieces, each a whole number of chunks */
+#define FRAME_CHUNK_BYTES 0x20000u         /* 128 KiB, not tuned yet: a larger page may come in pieces, each a whole number of chunks */
 
 enum frame_kind {
     FRAME_REQUEST = 1, /* destination -> source: send these pages; no payload */
