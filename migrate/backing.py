@@ -22,7 +22,7 @@ async def back(migration: Migration, plane: DestinationPlane, guest: GuestLink, 
         return
     result = await control.beside(migration.on_own_thread("room", plane.back))
     if result.reason != "finished":
-        raise no_huge_pages(guest.regions, result.error_number) or result.error()
+        raise no_huge_pages(guest.regions, result.region, result.error_number) or result.error()
 
 
 async def give_back(migration: Migration, plane: DestinationPlane | None, guest: GuestLink) -> None:

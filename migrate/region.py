@@ -52,10 +52,6 @@ def check_regions(regions: Sequence[GuestRegion], memory_files: Sequence[int]) -
         expected_page_bytes = block_bytes if kind == HUGETLBFS_MAGIC else 4096
         if region.page_bytes != expected_page_bytes:
             raise GuestRefusedError(f"{where} page_bytes", expected=expected_page_bytes, got=region.page_bytes)
-        if region.page_bytes > 2 << 20:
-            raise GuestRefusedError(
-                f"{where} page_bytes", expected="4096 or 2097152 (larger pages are not handled yet)", got=region.page_bytes
-            )
         misaligned = (region.size_bytes | region.offset_bytes | region.guest_address) % region.page_bytes
         if misaligned:
             raise GuestRefusedError(f"{where}", expected="address, offset and size in whole pages", got=region.model_dump())

@@ -127,12 +127,12 @@ def _compare(bound: room.Bound, ours: Iterable[_File], theirs: Iterable[_File]) 
     )
 
 
-def no_huge_pages(regions: Sequence[MemoryRegion], error_number: int) -> NoRoomError | None:
-    """The data plane could not allocate them: how many, and of what there are not so many. None: that was not the reason."""
+def no_huge_pages(regions: Sequence[MemoryRegion], lacking: int, error_number: int) -> NoRoomError | None:
+    """The data plane could not allocate those of the region ``lacking``: how many of that size the guest needs, and of what there
+    are not so many. None: that was not the reason."""
     if error_number not in (errno.ENOMEM, errno.ENOSPC):
         return None
-    huge = [region for region in regions if region.page_bytes > _SMALL_PAGE_BYTES]
-    page_bytes = huge[0].page_bytes
-    pages = sum(region.size_bytes for region in huge) // page_bytes
+    page_bytes = regions[lacking].page_bytes
+    pages = sum(region.size_bytes for region in regions if region.page_bytes == page_bytes) // page_bytes
     why, remedy = room.huge_pages(pages, page_bytes)
     return NoRoomError("room at the destination", expected=f"{pages} pages of {size_text(page_bytes)}", got=f"{why}; {remedy}")

@@ -4,6 +4,7 @@
 #ifndef POSTCOPY_FRAME_H
 #define POSTCOPY_FRAME_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -12,6 +13,7 @@ _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the wire is little-en
 #define FRAME_MAGIC 0x4350u /* the bytes 'P' 'C' */
 #define FRAME_HEADER_BYTES 24
 #define FRAME_LENGTH_BYTES_MAX 0x40000000u /* 1 GiB: the largest page, the longest run */
+#define FRAME_CHUNK_BYTES 0x20000u         /* 128 KiB, not tuned yet: a larger page may come in pieces, each a whole number of chunks */
 
 enum frame_kind {
     FRAME_REQUEST = 1, /* destination -> source: send these pages; no payload */
@@ -24,7 +26,7 @@ enum frame_kind {
     FRAME_AHEAD_ZERO = 8, /* source -> destination: the same as ZERO */
 };
 
-#define FRAME_FLAG_MORE 0x01u /* reserved: more chunks of this page follow */
+#define FRAME_FLAG_MORE 0x01u /* PAGES, ZERO: the frame ends before its page does; the rest comes in other frames */
 
 struct frame_header {
     uint16_t magic;
@@ -33,7 +35,7 @@ struct frame_header {
     uint32_t region;       /* index into the regions of the offer */
     uint64_t page_index;   /* first page, counted inside the region in its own page size */
     uint32_t offset_bytes; /* inside that page; 0 unless the page comes in chunks */
-    uint32_t length_bytes; /* a whole number of pages unless the page comes in chunks */
+    uint32_t length_bytes; /* a whole number of pages; or of chunks, within one page */
 };
 
 _Static_assert(sizeof(struct frame_header) == FRAME_HEADER_BYTES, "frame header size");
@@ -60,6 +62,12 @@ struct frame_verdict {
     uint64_t got;
 };
 
+/* Only content comes in pieces. */
+static inline bool frame_kind_has_pieces(const struct frame_header *frame)
+{
+    return frame->kind == FRAME_PAGES || frame->kind == FRAME_ZERO;
+}
+
 /* Check a header as far as it can be without knowing the regions. accepts is a bit mask of 1 << frame_kind. */
 static inline struct frame_verdict frame_check(const struct frame_header *frame, uint32_t accepts, uint32_t region_count)
 {
@@ -67,11 +75,12 @@ static inline struct frame_verdict frame_check(const struct frame_header *frame,
         return (struct frame_verdict){FRAME_FIELD_MAGIC, FRAME_MAGIC, frame->magic};
     if (frame->kind >= 32 || !(accepts & (1u << frame->kind)))
         return (struct frame_verdict){FRAME_FIELD_KIND, accepts, frame->kind};
-    if (frame->flags != 0)
-        return (struct frame_verdict){FRAME_FIELD_FLAGS, 0, frame->flags};
+    uint32_t flags = frame_kind_has_pieces(frame) ? FRAME_FLAG_MORE : 0;
+    if (frame->flags & ~flags)
+        return (struct frame_verdict){FRAME_FIELD_FLAGS, flags, frame->flags};
     if (frame->region >= region_count)
         return (struct frame_verdict){FRAME_FIELD_REGION, region_count, frame->region};
-    if (frame->offset_bytes != 0)
+    if (frame->offset_bytes != 0 && !frame_kind_has_pieces(frame))
         return (struct frame_verdict){FRAME_FIELD_OFFSET, 0, frame->offset_bytes};
     return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
 }
@@ -88,15 +97,48 @@ static inline struct frame_verdict frame_check_mark(const struct frame_header *f
     return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
 }
 
-/* Check the part that depends on the region: whole pages, inside it. */
+/* A part of one page, in a region whose pages may come so. */
+static inline bool frame_is_piece(const struct frame_header *frame, uint64_t page_bytes)
+{
+    return page_bytes > FRAME_CHUNK_BYTES && frame_kind_has_pieces(frame) &&
+           (frame->offset_bytes != 0 || frame->length_bytes < page_bytes);
+}
+
+static inline struct frame_verdict frame_check_offset(const struct frame_header *frame, uint64_t page_bytes)
+{
+    uint64_t last = page_bytes > FRAME_CHUNK_BYTES ? page_bytes - FRAME_CHUNK_BYTES : 0;
+    if (frame->offset_bytes > last || frame->offset_bytes % FRAME_CHUNK_BYTES != 0)
+        return (struct frame_verdict){FRAME_FIELD_OFFSET, last, frame->offset_bytes};
+    return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
+}
+
+static inline struct frame_verdict frame_check_piece(const struct frame_header *frame, uint64_t page_bytes)
+{
+    uint64_t room_bytes = page_bytes - frame->offset_bytes;
+    if (frame->length_bytes == 0 || frame->length_bytes % FRAME_CHUNK_BYTES != 0 || frame->length_bytes > room_bytes)
+        return (struct frame_verdict){FRAME_FIELD_LENGTH, room_bytes, frame->length_bytes};
+    uint32_t flags = frame->length_bytes < room_bytes ? FRAME_FLAG_MORE : 0;
+    if (frame->flags != flags)
+        return (struct frame_verdict){FRAME_FIELD_FLAGS, flags, frame->flags};
+    return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
+}
+
+/* Check the part that depends on the region: whole pages inside it, or a piece inside one of them. */
 static inline struct frame_verdict frame_check_range(const struct frame_header *frame, uint64_t page_count, uint64_t page_bytes)
 {
+    struct frame_verdict verdict = frame_check_offset(frame, page_bytes);
+    if (verdict.field != FRAME_FIELD_NONE)
+        return verdict;
     if (frame->page_index >= page_count)
         return (struct frame_verdict){FRAME_FIELD_PAGE_INDEX, page_count, frame->page_index};
+    if (frame_is_piece(frame, page_bytes))
+        return frame_check_piece(frame, page_bytes);
     if (frame->length_bytes == 0 || frame->length_bytes > FRAME_LENGTH_BYTES_MAX || frame->length_bytes % page_bytes != 0)
         return (struct frame_verdict){FRAME_FIELD_LENGTH, page_bytes, frame->length_bytes};
     if (frame->length_bytes / page_bytes > page_count - frame->page_index)
         return (struct frame_verdict){FRAME_FIELD_LENGTH, (page_count - frame->page_index) * page_bytes, frame->length_bytes};
+    if (frame->flags != 0)
+        return (struct frame_verdict){FRAME_FIELD_FLAGS, 0, frame->flags};
     return (struct frame_verdict){FRAME_FIELD_NONE, 0, 0};
 }
 

@@ -10,6 +10,8 @@ _FRAME = struct.Struct("<HBBIQII")
 FRAME_HEADER_BYTES = _FRAME.size
 FRAME_MAGIC = 0x4350
 FRAME_LENGTH_BYTES_MAX = 1 << 30
+FRAME_CHUNK_BYTES = 128 << 10
+FRAME_FLAG_MORE = 0x01
 
 
 class FrameKind(IntEnum):
@@ -23,6 +25,7 @@ class FrameKind(IntEnum):
     AHEAD_ZERO = 8
 
 
+HAVE_PIECES = frozenset({FrameKind.PAGES, FrameKind.ZERO})
 ACCEPTED_BY_SOURCE = frozenset({FrameKind.REQUEST})
 ACCEPTED_BY_DESTINATION = frozenset({FrameKind.PAGES, FrameKind.ZERO})
 
@@ -47,16 +50,32 @@ class Frame:
         magic, kind, flags, region, page_index, offset_bytes, length_bytes = _FRAME.unpack(data)
         _require(magic == FRAME_MAGIC, "magic", FRAME_MAGIC, magic)
         _require(kind in accepts, "kind", sorted(int(one) for one in accepts), kind)
-        _require(flags == 0, "flags", 0, flags)
+        known_flags = FRAME_FLAG_MORE if kind in HAVE_PIECES else 0
+        _require(flags & ~known_flags == 0, "flags", known_flags, flags)
         _require(region < len(regions), "region", f"< {len(regions)}", region)
-        _require(offset_bytes == 0, "offset_bytes", 0, offset_bytes)
         page_count, page_bytes = regions[region]
+        pieces = kind in HAVE_PIECES and page_bytes > FRAME_CHUNK_BYTES
+        last_bytes = page_bytes - FRAME_CHUNK_BYTES if pieces else 0
+        inside = offset_bytes <= last_bytes and offset_bytes % FRAME_CHUNK_BYTES == 0
+        _require(inside, "offset_bytes", f"<= {last_bytes}, in chunks of {FRAME_CHUNK_BYTES}", offset_bytes)
         _require(page_index < page_count, "page_index", f"< {page_count}", page_index)
+        frame = cls(FrameKind(kind), region, page_index, length_bytes, offset_bytes, flags)
+        if pieces and (offset_bytes or length_bytes < page_bytes):
+            frame._check_piece(page_bytes)
+            return frame
         whole = 0 < length_bytes <= FRAME_LENGTH_BYTES_MAX and length_bytes % page_bytes == 0
         _require(whole, "length_bytes", f"whole pages of {page_bytes}", length_bytes)
         room_bytes = (page_count - page_index) * page_bytes
         _require(length_bytes <= room_bytes, "length_bytes", f"<= {room_bytes}", length_bytes)
-        return cls(FrameKind(kind), region, page_index, length_bytes, offset_bytes, flags)
+        _require(flags == 0, "flags", 0, flags)
+        return frame
+
+    def _check_piece(self, page_bytes: int) -> None:
+        room_bytes = page_bytes - self.offset_bytes
+        good = 0 < self.length_bytes <= room_bytes and self.length_bytes % FRAME_CHUNK_BYTES == 0
+        _require(good, "length_bytes", f"chunks of {FRAME_CHUNK_BYTES}, <= {room_bytes}", self.length_bytes)
+        wanted_flags = FRAME_FLAG_MORE if self.length_bytes < room_bytes else 0
+        _require(self.flags == wanted_flags, "flags", wanted_flags, self.flags)
 
 
 def _require(good: bool, field: str, expected: object, got: object) -> None:

@@ -5,6 +5,7 @@ POSTCOPY_REQUIRE (comma-separated; ``make test`` names all that the machine has)
 fail where it is not there. Nothing is ever skipped.
 """
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -18,10 +19,8 @@ from migrate import host
 from migrate.host.suite import ADMINISTRATOR_PATH, ZRAM_SCRIPT
 
 HUGETLB_PAGES = host.HUGEPAGES_WANTED
-POOL = host.POOL_2M / "nr_hugepages"
 ZRAM_BYTES = 256 << 20
 SWAPS = Path("/proc/swaps")
-FREE = host.POOL_2M / "free_hugepages"
 # A process of its own, at the end of its input: also when this one is killed. By difference: suites may run side by side.
 GIVE_BACK = """
 read -r _ || :
@@ -73,35 +72,52 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.line(f"  {test}")
 
 
-@pytest.fixture(scope="session")
-def hugetlb_pool() -> Iterator[int]:
-    """HUGETLB_PAGES free pages of 2 MiB, each touched once (a first touch takes milliseconds); given back afterwards."""
-    added = HUGETLB_PAGES if os.access(POOL, os.W_OK) else 0  # where we may not, enough are free, or the probe had said so
+@contextlib.contextmanager
+def pages_of(pool: Path, wanted: int, page_bytes: int, size_flag: int) -> Iterator[int]:
+    """So many free pages, each touched once (a first touch takes 2 ms a MiB); given back afterwards."""
+    count = pool / "nr_hugepages"
+    added = wanted if os.access(count, os.W_OK) else 0  # where we may not, enough are free, or the probe had said so
     if added:
-        with POOL.open("r+") as pool:
-            fcntl.flock(pool, fcntl.LOCK_EX)
-            POOL.write_text(str(int(POOL.read_text()) + added))
+        with count.open("r+") as locked:
+            fcntl.flock(locked, fcntl.LOCK_EX)
+            before = int(count.read_text())
+            count.write_text(str(before + added))
+            added = int(count.read_text()) - before  # as many as the kernel found
     giver = subprocess.Popen(
-        ["sh", "-euc", GIVE_BACK, "sh", str(POOL), str(added)], stdin=subprocess.PIPE, start_new_session=True
+        ["sh", "-euc", GIVE_BACK, "sh", str(count), str(added)], stdin=subprocess.PIPE, start_new_session=True
     )
     try:
-        free = int(FREE.read_text())
-        assert free >= HUGETLB_PAGES, f"the kernel found memory for {free} of {HUGETLB_PAGES} pages of 2 MiB"
-        touch(HUGETLB_PAGES)
-        yield HUGETLB_PAGES
+        free = int((pool / "free_hugepages").read_text())
+        assert free >= wanted, f"the kernel found memory for {free} of {wanted} pages of {page_bytes >> 20} MiB"
+        touch(wanted, page_bytes, size_flag)
+        yield wanted
     finally:
         giver.communicate(timeout=30)
     assert giver.returncode == 0
 
 
-def touch(pages: int) -> None:
+@pytest.fixture(scope="session")
+def hugetlb_pool() -> Iterator[int]:
+    """HUGETLB_PAGES free pages of 2 MiB."""
+    with pages_of(host.POOL_2M, HUGETLB_PAGES, host.HUGEPAGE_BYTES, os.MFD_HUGE_2MB) as pages:
+        yield pages
+
+
+@pytest.fixture(scope="session")
+def gigantic_pool() -> Iterator[int]:
+    """Two free pages of 1 GiB."""
+    with pages_of(host.POOL_1G, host.GIGANTIC_PAGES_WANTED, 1 << 30, os.MFD_HUGE_1GB) as pages:
+        yield pages
+
+
+def touch(pages: int, page_bytes: int, size_flag: int) -> None:
     """Have the kernel clear the pages and give them back to the pool."""
-    descriptor = os.memfd_create("postcopy-pool", os.MFD_CLOEXEC | os.MFD_HUGETLB | os.MFD_HUGE_2MB)
+    descriptor = os.memfd_create("postcopy-pool", os.MFD_CLOEXEC | os.MFD_HUGETLB | size_flag)
     try:
-        os.ftruncate(descriptor, pages * host.HUGEPAGE_BYTES)
-        with mmap.mmap(descriptor, pages * host.HUGEPAGE_BYTES) as mapping:
+        os.ftruncate(descriptor, pages * page_bytes)
+        with mmap.mmap(descriptor, pages * page_bytes) as mapping:
             for page in range(pages):
-                mapping[page * host.HUGEPAGE_BYTES] = 1
+                mapping[page * page_bytes] = 1
     finally:
         os.close(descriptor)
 
@@ -127,7 +143,7 @@ def zram_swap() -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def _what_the_marker_names(request: pytest.FixtureRequest) -> None:
     """``requires("hugetlb")`` is enough: the pool is there before the test begins; with "zram" there is swap."""
-    for feature, fixture in (("hugetlb", "hugetlb_pool"), ("zram", "zram_swap")):
+    for feature, fixture in (("hugetlb", "hugetlb_pool"), ("gigantic", "gigantic_pool"), ("zram", "zram_swap")):
         if feature in features_of(request.node):
             request.getfixturevalue(fixture)
 

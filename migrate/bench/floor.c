@@ -4,6 +4,8 @@
  *   postcopy-floor fault-idle          first touches, nothing else going on     [--memory-bytes N --touches N --seed N]
  *   postcopy-floor fault-under-stream  first touches beside a full-rate stream  [the same]
  *   postcopy-floor stream              the whole memory, and its cost in CPU    [--memory-bytes N --zero-per-mille N --seed N]
+ *   postcopy-floor huge-urgent         first touches of pages of 2 MiB          [--memory-bytes N --seed N]
+ *   postcopy-floor huge-stream         a whole memory of such pages             [the same]
  *   postcopy-floor hops                a switchover's messages, without memory  [--moves N]
  *   postcopy-floor warm                see below                                [--memory-bytes N]
  *   all: [--deadline-seconds N] [--congestion-control NAME|system]
@@ -91,6 +93,11 @@ static void print_stream(const struct floor_world *world)
            cpu_seconds * (double)(1u << 30) / (double)world->options.memory_bytes);
 }
 
+static void print_huge_stream(const struct floor_world *world)
+{
+    printf(", \"unit\": \"bytes/second\", \"value\": %.0f", stream_bytes_per_second(world));
+}
+
 static void print_hops(const struct floor_world *world)
 {
     print_latencies(world->report);
@@ -103,13 +110,14 @@ static const struct scenario {
 } scenarios[] = {
     {"fault-idle", floor_fault, print_fault_idle}, {"fault-under-stream", floor_fault, print_fault_under_stream},
     {"stream", floor_stream, print_stream},        {"hops", floor_hops, print_hops},
+    {"huge-urgent", floor_huge, print_fault_idle}, {"huge-stream", floor_huge, print_huge_stream},
     {"warm", NULL, NULL},
 };
 
 static _Noreturn void refuse(const char *why)
 {
     fprintf(stderr,
-            "postcopy-floor: %s\nusage: postcopy-floor fault-idle|fault-under-stream|stream|hops|warm [--memory-bytes N]"
+            "postcopy-floor: %s\nusage: postcopy-floor fault-idle|fault-under-stream|stream|huge-urgent|huge-stream|hops|warm [--memory-bytes N]"
             " [--touches N | --moves N]\n       [--seed N] [--zero-per-mille N] [--deadline-seconds N]"
             " [--congestion-control NAME|system]\n", why);
     exit(2);
@@ -151,6 +159,8 @@ static const struct scenario *read_options(int argc, char **argv, struct floor_o
             continue;
         if (options->memory_bytes % PAGE_BYTES != 0)
             refuse("--memory-bytes must be a whole number of 4096-byte pages");
+        if (scenarios[i].start == floor_huge && options->memory_bytes % HUGE_PAGE_BYTES != 0)
+            refuse("--memory-bytes must be a whole number of 2 MiB pages");
         if (scenarios[i].start == floor_fault && options->touches > options->memory_bytes / PAGE_BYTES)
             refuse("--touches must not exceed the number of pages: they are first touches");
         if (scenarios[i].start != floor_stream && options->zero_per_mille != 0)
@@ -174,7 +184,8 @@ int main(int argc, char **argv)
     const struct scenario *scenario = read_options(argc, argv, &world.options);
     floor_deadline((unsigned)world.options.deadline_seconds);
     uint64_t began_ns = clock_monotonic_ns();
-    if (scenario->start != floor_hops)
+    world.page_bytes = scenario->start == floor_huge ? HUGE_PAGE_BYTES : PAGE_BYTES;
+    if (scenario->start != floor_hops && scenario->start != floor_huge)
         world.pool = map_shared(world.options.memory_bytes);
     if (scenario->start == NULL) {
         char byte;
@@ -184,7 +195,9 @@ int main(int argc, char **argv)
             ;
         return 0;
     }
-    world.pages = world.options.memory_bytes / PAGE_BYTES;
+    world.pages = world.options.memory_bytes / world.page_bytes;
+    if (scenario->start == floor_huge)
+        world.options.touches = world.pages;
     world.report = map_shared(sizeof *world.report + world.options.touches * sizeof(uint64_t));
     world.listener = floor_listen(world.options.congestion_control);
     for (int side = 0; side < 2; side++) {

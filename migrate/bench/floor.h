@@ -8,6 +8,7 @@
 #include <sys/types.h>
 
 #define PAGE_BYTES 4096u
+#define HUGE_PAGE_BYTES (2u << 20)
 #define EXTENT_PAGES 64u /* zero pages come in extents of this many, as they do in real memory */
 
 struct floor_options {
@@ -34,18 +35,18 @@ struct floor_report {
 
 struct floor_world {
     struct floor_options options;
-    uint64_t pages;
+    uint64_t pages, page_bytes;
     struct floor_report *report;
     unsigned char *pool;        /* memory_bytes of warm memory, let go just before the measurement: see floor.c */
     int listener;               /* TCP on loopback, made before the processes are */
     int guest_end[2], daemon_end[2]; /* unix socket pairs; all but hops use the first */
 };
 
-/* The guest's memory as its own process sees it, and as the destination does once the descriptors have come. One page more
+/* The guest's memory as its own process sees it, and as the destination does once the descriptors have come. Of 4 KiB pages one more
  * than the scenario's: its fault says that the guest has finished, so that nothing but faults ever wakes the fault thread. */
 struct floor_memory {
     uint64_t guest_address;
-    uint64_t pages;
+    uint64_t pages, page_bytes;
     int memfd, uffd;
     unsigned char *mapping; /* the guest's: registered; NULL at the destination */
 };
@@ -85,10 +86,11 @@ void floor_continue(const struct floor_memory *memory, uint64_t page, uint64_t c
 uint64_t floor_read_fault(const struct floor_memory *memory); /* blocks; the page's index */
 void floor_release_end_page(const struct floor_memory *memory);
 
-/* floor_fault.c, floor_stream.c, floor_hops.c: the scenarios. Each starts its processes and returns. */
+/* floor_fault.c, floor_stream.c, floor_hops.c, floor_huge.c: the scenarios. Each starts its processes and returns. */
 void floor_fault(struct floor_world *world);
 void floor_stream(struct floor_world *world);
 void floor_hops(struct floor_world *world);
+void floor_huge(struct floor_world *world);
 void floor_stream_send(const struct floor_world *world, int socket, const unsigned char *memory, uint64_t run_pages);
 
 #endif

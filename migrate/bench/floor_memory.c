@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/memfd.h>
 #include <linux/userfaultfd.h>
 #include <stdlib.h>
 #include <string.h>
@@ -36,9 +37,9 @@ void *floor_allocate(size_t size_bytes)
     return memset(memory, 0x5a, size_bytes);
 }
 
-static int create_memfd(uint64_t size_bytes, unsigned char **mapping)
+static int create_memfd(const struct floor_world *world, uint64_t size_bytes, unsigned char **mapping)
 {
-    int memfd = memfd_create("postcopy-floor", MFD_CLOEXEC);
+    int memfd = memfd_create("postcopy-floor", MFD_CLOEXEC | (world->page_bytes == PAGE_BYTES ? 0 : MFD_HUGETLB | MFD_HUGE_2MB));
     floor_expect(memfd >= 0 && ftruncate(memfd, (off_t)size_bytes) == 0, "memfd");
     *mapping = mmap(NULL, size_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, memfd, 0);
     floor_expect(*mapping != MAP_FAILED, "mmap");
@@ -62,12 +63,13 @@ static int create_uffd(void)
 void floor_guest_create(const struct floor_world *world, struct floor_memory *memory)
 {
     memory->pages = world->pages;
-    uint64_t size_bytes = (memory->pages + 1) * PAGE_BYTES;
-    memory->memfd = create_memfd(size_bytes, &memory->mapping);
+    memory->page_bytes = world->page_bytes;
+    uint64_t size_bytes = (memory->pages + (world->page_bytes == PAGE_BYTES)) * world->page_bytes;
+    memory->memfd = create_memfd(world, size_bytes, &memory->mapping);
     memory->guest_address = (uint64_t)memory->mapping;
     memory->uffd = create_uffd();
-    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MINOR_SHMEM};
-    floor_expect(ioctl(memory->uffd, UFFDIO_API, &api) == 0, "UFFDIO_API with MINOR_SHMEM");
+    struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS};
+    floor_expect(ioctl(memory->uffd, UFFDIO_API, &api) == 0, "UFFDIO_API with MINOR_SHMEM and MINOR_HUGETLBFS");
     struct uffdio_register range = {.range = {memory->guest_address, size_bytes},
                                     .mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR};
     floor_expect(ioctl(memory->uffd, UFFDIO_REGISTER, &range) == 0, "UFFDIO_REGISTER");
@@ -105,17 +107,18 @@ void floor_guest_adopt(const struct floor_world *world, struct floor_memory *mem
     memory->memfd = descriptors[0];
     memory->uffd = descriptors[1];
     memory->pages = world->pages;
+    memory->page_bytes = world->page_bytes;
     memory->mapping = NULL;
 }
 
 unsigned char *floor_source_memory(const struct floor_world *world)
 {
     unsigned char *mapping;
-    create_memfd(world->pages * PAGE_BYTES, &mapping);
+    create_memfd(world, world->pages * world->page_bytes, &mapping);
     for (uint64_t page = 0; page < world->pages; page++) {
-        uint64_t *words = (uint64_t *)(mapping + page * PAGE_BYTES);
+        uint64_t *words = (uint64_t *)(mapping + page * world->page_bytes);
         uint64_t first = floor_page_word(world, page);
-        for (size_t i = 0; i < PAGE_BYTES / sizeof *words; i++)
+        for (size_t i = 0; i < world->page_bytes / sizeof *words; i++)
             words[i] = first == 0 ? 0 : first + i;
     }
     return mapping;
@@ -138,7 +141,7 @@ void floor_place(const struct floor_memory *memory, uint64_t page, const void *b
 /* A page that somebody else has mapped already (EEXIST) is woken and stepped over: CONTINUE wakes only what it maps. */
 void floor_continue(const struct floor_memory *memory, uint64_t page, uint64_t count)
 {
-    uint64_t at = memory->guest_address + page * PAGE_BYTES, end = at + count * PAGE_BYTES;
+    uint64_t at = memory->guest_address + page * memory->page_bytes, end = at + count * memory->page_bytes;
     while (at < end) {
         struct uffdio_continue request = {.range = {at, end - at}};
         if (ioctl(memory->uffd, UFFDIO_CONTINUE, &request) == 0)
@@ -146,9 +149,9 @@ void floor_continue(const struct floor_memory *memory, uint64_t page, uint64_t c
         if (request.mapped > 0) {
             at += (uint64_t)request.mapped;
         } else if (errno == EEXIST) {
-            struct uffdio_range one = {at, PAGE_BYTES};
+            struct uffdio_range one = {at, memory->page_bytes};
             floor_expect(ioctl(memory->uffd, UFFDIO_WAKE, &one) == 0, "UFFDIO_WAKE");
-            at += PAGE_BYTES;
+            at += memory->page_bytes;
         } else {
             floor_expect(errno == EAGAIN, "UFFDIO_CONTINUE");
         }
@@ -160,7 +163,7 @@ uint64_t floor_read_fault(const struct floor_memory *memory)
     struct uffd_msg event;
     floor_expect(read(memory->uffd, &event, sizeof event) == sizeof event, "read the userfaultfd");
     floor_check(event.event == UFFD_EVENT_PAGEFAULT, "the kind of a userfaultfd event");
-    return (event.arg.pagefault.address - memory->guest_address) / PAGE_BYTES;
+    return (event.arg.pagefault.address - memory->guest_address) / memory->page_bytes;
 }
 
 void floor_release_end_page(const struct floor_memory *memory)

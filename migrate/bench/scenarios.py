@@ -32,9 +32,9 @@ def bench_pair(*, polling: bool = False) -> Pair:
 class Shuttle:
     """One guest moved to and fro between two daemons; its two processes take turns in being the guest."""
 
-    def __init__(self, pair: Pair, name: str, size_bytes: int, *options: str) -> None:
+    def __init__(self, pair: Pair, name: str, size_bytes: int, *options: str, kind: str = "") -> None:
         self.size_bytes = size_bytes
-        memory = f"{size_bytes // MIB}M"
+        memory = f"{size_bytes // MIB}M{kind}"
         here = pair.guest(pair.source, f"{name}-a", memory, "--stay", "--no-verify", *options)
         there = pair.guest(pair.destination, f"{name}-b", memory, "--stay", "--no-verify", *options, waiting=True)
         here.event("stepped", deadline_seconds=60)
@@ -195,7 +195,7 @@ def _cpu_seconds(pair: Pair) -> float:
     return ticks * CPU_TICK_SECONDS
 
 
-def _postcopy_seconds(status: MigrationStatus) -> float:
+def postcopy_seconds(status: MigrationStatus) -> float:
     return status.timeline_seconds["complete"] - status.timeline_seconds["postcopy"]
 
 
@@ -212,7 +212,7 @@ class Reading:
     def move(self) -> None:
         status = self.shuttle.move(warmed=True)
         touched = self.shuttle.pages_touched()
-        self._rates.append(touched * 4096 / _postcopy_seconds(status))
+        self._rates.append(touched * 4096 / postcopy_seconds(status))
         self._touched += touched
         self._stalls += status.faults["remote"].count
         self._paths.update(self.shuttle.at_destination().pages)
@@ -246,7 +246,7 @@ def stream_and_cpu(tiny: bool) -> list[Result]:
         for round_number in range(rounds):
             with reading.shuttle.frozen():
                 before = _cpu_seconds(pair)
-                rates.append(size_bytes / _postcopy_seconds(shuttle.move(warmed=True)))
+                rates.append(size_bytes / postcopy_seconds(shuttle.move(warmed=True)))
                 cpu.append(_cpu_seconds(pair) - before)
             with shuttle.frozen():
                 reading.move()

@@ -19,7 +19,7 @@ def _guests() -> None:
 
 
 def workload(
-    memory: Annotated[list[str], typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb]; repeat for several regions.")],
+    memory: Annotated[list[str], typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb|:hugetlb-1g]; repeat for several regions.")],
     guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "workload",
     daemon: DaemonOption = "source",
     waiting: Annotated[bool, typer.Option("--waiting", help="Wait for a guest of this size to arrive.")] = False,
@@ -50,7 +50,7 @@ def workload(
     if discard_by not in ("event", "message"):
         raise PostcopyError("discard-by", expected="event or message", got=discard_by, code="usage")
     specs = [MemorySpec.parse(text) for text in memory]
-    if discard_ratio > 0 and any(spec.kind == "hugetlb" for spec in specs):
+    if discard_ratio > 0 and any(spec.is_hugetlb for spec in specs):
         raise PostcopyError("discard-ratio", expected="memory of 4096-byte pages", got="hugetlb", code="usage")
     config = WorkloadConfig(
         threads=threads,

@@ -14,7 +14,7 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
 
 
 def demo(
-    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb].")] = "512M", as_json: JsonOption = False
+    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb|:hugetlb-1g].")] = "512M", as_json: JsonOption = False
 ) -> None:
     """Two daemons, a guest at work, one migration, and a guest that proves itself intact afterwards."""
     from migrate.demo import run

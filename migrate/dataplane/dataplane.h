@@ -22,7 +22,7 @@ struct memory_region {
     uint64_t guest_address; /* where the guest maps it; at the source only precopy needs it */
     uint64_t size_bytes;
     uint64_t offset_bytes; /* into the memory file */
-    uint32_t page_bytes;   /* 4096 or 2 MiB here */
+    uint32_t page_bytes;   /* 4096, 2 MiB or 1 GiB */
     int32_t memory_fd;     /* memfd, tmpfs or hugetlbfs file */
 };
 

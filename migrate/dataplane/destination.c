@@ -2,7 +2,7 @@
  *
  * P1: a page is written only under its claim, and PRESENT is stored (release) before the CONTINUE is issued.
  * P3: nothing is unregistered before every page is final, which destination_finish checks page by page.
- * A claim is never held across a wait for the network: only whole pages come here (inbox.c).
+ * A claim is never held across a wait for the network: only whole pages come here (inbox.c), chunks of larger ones to claims.c.
  * Runs of 4 KiB pages are claimed and mapped up to 64 at a time, as CONTINUE of a range costs 250 ns a page and 544 alone.
  * While faults come the source sends runs of 16 (stream.c), so a fault on a claimed page waits tens of microseconds. */
 #include "destination.h"
@@ -44,6 +44,8 @@ struct destination *destination_create(const struct memory_region *regions, uint
         destination->copies = calloc(destination->memory.page_total, sizeof(*destination->copies));
         if (!destination->state || !destination->copies)
             *error_number = ENOMEM;
+        else
+            *error_number = claims_init(&destination->claims, &destination->memory);
     }
     if (*error_number == 0)
         return destination;
@@ -60,6 +62,7 @@ void destination_destroy(struct destination *destination)
             close(descriptors[i]);
     free((void *)destination->state);
     free((void *)destination->copies);
+    claims_deinit(&destination->claims);
     free(destination);
 }
 
@@ -110,6 +113,15 @@ void destination_became_final(struct destination *destination, uint64_t page_cou
         eventfd_write(destination->final_fd, 1);
 }
 
+bool destination_refuse_copy(const struct destination *destination, const struct region *region, uint64_t page_index,
+                             enum loop_reason reason, struct loop_result *result)
+{
+    result_fail(result, reason, 0, "frame");
+    result->region = (uint32_t)(region - destination->memory.regions);
+    result->page_index = page_index;
+    return false;
+}
+
 /* One page has come by this path: is that allowed, and is it the first time? */
 static bool note_copy(struct destination *destination, const struct region *region, uint64_t page_index, enum page_path path,
                       struct loop_result *result)
@@ -124,12 +136,8 @@ static bool note_copy(struct destination *destination, const struct region *regi
         if (allowed)
             atomic_fetch_sub_explicit(&destination->requests_outstanding, 1, memory_order_relaxed);
     }
-    if (allowed)
-        return true;
-    result_fail(result, path == PATH_URGENT ? LOOP_PAGE_UNASKED : LOOP_PAGE_DUPLICATE, 0, "frame");
-    result->region = (uint32_t)(region - destination->memory.regions);
-    result->page_index = page_index;
-    return false;
+    return allowed ||
+           destination_refuse_copy(destination, region, page_index, path == PATH_URGENT ? LOOP_PAGE_UNASKED : LOOP_PAGE_DUPLICATE, result);
 }
 
 /* Not now: the guest's own thread has to go on first. Whoever waits comes back with another fault, behind the events. */
@@ -146,7 +154,7 @@ static void note_next(struct destination *destination, enum page_path path, uint
         atomic_store_explicit(&destination->bulk_next, page, memory_order_relaxed);
 }
 
-static void count_dropped(struct destination *destination, enum page_path path)
+void destination_count_dropped(struct destination *destination, enum page_path path)
 {
     count(&destination->pages_dropped, 1);
     if (path == PATH_AHEAD)
@@ -266,7 +274,7 @@ bool destination_take_pages(struct destination *destination, const struct region
             if (!note_copy(destination, region, page_index + run_pages, path, result))
                 break;
             if (!page_claim(&state[page_index + run_pages])) {
-                count_dropped(destination, path);
+                destination_count_dropped(destination, path);
                 break;
             }
             run_pages++;
@@ -311,7 +319,7 @@ bool destination_take_zeroes(struct destination *destination, const struct regio
         if (!note_copy(destination, region, i, path, result))
             return false;
         if (!page_claim(&state[i])) {
-            count_dropped(destination, path);
+            destination_count_dropped(destination, path);
             continue;
         }
         int error_number = destination_clear_old(destination, region, i, 1);

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include "claims.h"
 #include "memory.h"
 #include "pages.h"
 #include "place.h"
@@ -15,6 +16,7 @@
 #define COPY_AHEAD 0x08u /* came by readahead */
 #define COPY_STALE 0x10u /* the stale set names it */
 #define COPY_IN_FILE 0x04u /* precopied: the file holds bytes of it, stale ones perhaps */
+#define COPY_WHOLE 0x20u /* came in chunks, and is final: need not be asked for. Then ASKED stays, as late chunks may come */
 
 struct destination {
     struct memory memory;
@@ -28,6 +30,7 @@ struct destination {
     _Atomic uint32_t marks; /* that have come */
     uint64_t poll_ns; /* how long the fault loop looks before it sleeps, at most */
     page_byte *state;
+    struct claims claims; /* of pages that come in chunks */
     _Atomic uint8_t *copies;
     _Atomic uint64_t map_steer; /* flat page of the last local fault: where to map ahead next; STEER_NONE */
     _Atomic bool opened; /* the guest has been resumed here */
@@ -63,6 +66,11 @@ bool destination_remove(struct destination *destination, const struct region *re
 /* Leave a page that is claimed as REMOVED. */
 bool destination_leave_removed(struct destination *destination, const struct region *region, uint64_t page_index,
                                struct loop_result *result);
+/* What has come has been dropped: one page of it. */
+void destination_count_dropped(struct destination *destination, enum page_path path);
+/* By this path comes what was not asked for, or what came before. Always false. */
+bool destination_refuse_copy(const struct destination *destination, const struct region *region, uint64_t page_index,
+                             enum loop_reason reason, struct loop_result *result);
 /* Around reading events, on the one thread that does, and before a claim is left whose bytes are in place (discard.c). */
 void events_begin(struct destination *destination);
 void events_end(struct destination *destination);

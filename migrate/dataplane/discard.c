@@ -79,6 +79,8 @@ bool destination_leave_removed(struct destination *destination, const struct reg
 static bool remove_pages(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count, bool punch,
                          struct loop_result *result)
 {
+    if (region->page_chunks > 0)
+        return claims_discard(destination, region, page_index, page_count, punch, result);
     for (uint64_t end = page_index + page_count; page_index < end; page_index += RUN_PAGES_MAX) {
         uint64_t run_pages = end - page_index < RUN_PAGES_MAX ? end - page_index : RUN_PAGES_MAX, claimed = 0;
         for (uint64_t i = 0; i < run_pages; i++)

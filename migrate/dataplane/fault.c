@@ -43,6 +43,9 @@ static bool queue_request(struct fault_context *context, const struct region *re
         queue->overflowed = true;
         return false;
     }
+    _Atomic uint8_t *copies = &destination->copies[region->first_page + page_index];
+    if (atomic_fetch_or_explicit(copies, COPY_ASKED, memory_order_relaxed) & (COPY_ASKED | COPY_WHOLE))
+        return true; /* a page in chunks whose last one has just come */
     queue->frame[queue->queued_bytes / FRAME_HEADER_BYTES] = (struct frame_header){
         .magic = FRAME_MAGIC,
         .kind = FRAME_REQUEST,
@@ -51,10 +54,19 @@ static bool queue_request(struct fault_context *context, const struct region *re
         .length_bytes = region->memory.page_bytes,
     };
     queue->queued_bytes += FRAME_HEADER_BYTES;
-    atomic_fetch_or_explicit(&destination->copies[region->first_page + page_index], COPY_ASKED, memory_order_relaxed);
     count(&destination->requests_sent, 1);
     count(&destination->requests_outstanding, 1);
     return true;
+}
+
+/* A fault waits for it, and the source does not know. What is RECEIVING is on its way: a page that comes in chunks by bulk perhaps
+ * for seconds yet, and in parts, so it is asked for all the same. */
+static bool to_be_asked(const struct destination *destination, const struct region *region, uint64_t page_index)
+{
+    uint8_t seen = page_load(&destination->state[region->first_page + page_index]);
+    uint8_t copies = atomic_load_explicit(&destination->copies[region->first_page + page_index], memory_order_relaxed);
+    bool waits = PAGE_STATE(seen) == PAGE_REQUESTED || (region->page_chunks > 0 && seen == (PAGE_RECEIVING | PAGE_WANTED));
+    return waits && !(copies & COPY_ASKED);
 }
 
 /* The queue had no room for some pages: find them in the state bytes. */
@@ -64,12 +76,9 @@ static void queue_overflowed(struct fault_context *context)
     context->queue.overflowed = false;
     for (uint32_t r = 0; r < destination->memory.region_count; r++) {
         const struct region *region = &destination->memory.regions[r];
-        for (uint64_t i = 0; i < region->page_count; i++) {
-            bool requested = PAGE_STATE(page_load(&destination->state[region->first_page + i])) == PAGE_REQUESTED;
-            uint8_t copies = atomic_load_explicit(&destination->copies[region->first_page + i], memory_order_relaxed);
-            if (requested && !(copies & COPY_ASKED) && !queue_request(context, region, i))
+        for (uint64_t i = 0; i < region->page_count; i++)
+            if (to_be_asked(destination, region, i) && !queue_request(context, region, i))
                 return;
-        }
     }
 }
 
@@ -122,7 +131,7 @@ static void fetch(struct fault_context *context, const struct region *region, ui
 {
     struct destination *destination = context->destination;
     uint64_t bulk_next = atomic_load_explicit(&destination->bulk_next, memory_order_relaxed);
-    if (patience_put(&context->patience, region->first_page + page_index, bulk_next, now_ns))
+    if (region->page_chunks == 0 && patience_put(&context->patience, region->first_page + page_index, bulk_next, now_ns))
         count(&destination->faults_awaited, 1);
     else
         queue_request(context, region, page_index);
@@ -135,8 +144,7 @@ static void fetch_awaited(struct fault_context *context)
     uint64_t page, now_ns = clock_monotonic_ns();
     while (patience_take(&context->patience, now_ns, &page)) {
         const struct region *region = memory_at_page(&destination->memory, page);
-        bool requested = PAGE_STATE(page_load(&destination->state[page])) == PAGE_REQUESTED;
-        if (requested && !(atomic_load_explicit(&destination->copies[page], memory_order_relaxed) & COPY_ASKED))
+        if (to_be_asked(destination, region, page - region->first_page))
             queue_request(context, region, page - region->first_page);
     }
 }
@@ -166,6 +174,8 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
     case PAGE_REQUESTED:
     case PAGE_RECEIVING:
         count_remote(destination, page, seen); /* on its way: whoever receives it resolves the fault */
+        if (to_be_asked(destination, region, page_index) && region->page_chunks > 0)
+            queue_request(context, region, page_index);
         return true;
     case PAGE_ZERO:
     case PAGE_REMOVED:
@@ -247,6 +257,8 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         {.fd = destination->stop_fd, .events = POLLIN},
         {.fd = context->patience.timer_fd, .events = POLLIN},
     };
+    if (!inbox_expect_chunk(&context->inbox, destination, result))
+        return false;
     if (poller_wait(&context->poller, polled, 4, &destination->polled_ns) < 0)
         return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
     if (polled[2].revents)

@@ -1,4 +1,4 @@
-/* Frames of one connection at the destination: bytes in, whole pages out. Serves the urgent and the bulk connection. */
+/* Frames of one connection at the destination: bytes in, whole pages out, or whole chunks of large ones (claims.h). Serves the urgent and the bulk connection. */
 #ifndef POSTCOPY_INBOX_H
 #define POSTCOPY_INBOX_H
 
@@ -24,7 +24,7 @@ struct inbox {
     size_t capacity_bytes;
     size_t start, end;         /* what is in it */
     struct frame_header frame; /* whose payload is being read */
-    uint64_t next_page_index;
+    uint64_t next_unit;          /* of its region: a page, or a chunk where pages come in chunks */
     uint64_t payload_bytes_left; /* of that frame; 0: a header comes next */
 };
 
@@ -32,8 +32,10 @@ struct inbox {
 int inbox_init(struct inbox *inbox, const struct destination *destination, int socket, enum page_path path);
 void inbox_deinit(struct inbox *inbox);
 
+/* On the urgent connection of a guest with large pages: let a wait end when a chunk is there, where one is on its way. */
+bool inbox_expect_chunk(struct inbox *inbox, const struct destination *destination, struct loop_result *result);
 /* Let a wait end only when the rest of the current frame is there, or as much of it as fits. */
-bool inbox_expect_run(struct inbox *inbox, struct loop_result *result);
+bool inbox_expect_run(struct inbox *inbox, const struct destination *destination, struct loop_result *result);
 
 /* Receive what is there and take every whole page of it. False: result says why not. */
 bool inbox_take(struct inbox *inbox, struct destination *destination, struct loop_result *result);

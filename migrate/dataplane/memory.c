@@ -20,7 +20,7 @@ int memory_init(struct memory *memory, const struct memory_region *regions, uint
         return EINVAL;
     for (uint32_t i = 0; i < region_count; i++) {
         const struct memory_region *given = &regions[i];
-        bool page_size_known = given->page_bytes == 4096 || given->page_bytes == 2u << 20;
+        bool page_size_known = given->page_bytes == 4096 || given->page_bytes == 2u << 20 || given->page_bytes == 1u << 30;
         if (!page_size_known || given->size_bytes == 0 || given->size_bytes % given->page_bytes != 0 ||
             given->offset_bytes % given->page_bytes != 0 || given->guest_address % given->page_bytes != 0 ||
             given->size_bytes > (UINT64_C(1) << 50) || given->offset_bytes > (UINT64_C(1) << 50))
@@ -34,8 +34,15 @@ int memory_init(struct memory *memory, const struct memory_region *regions, uint
         region->page_count = given->size_bytes / given->page_bytes;
         region->is_hugetlb = filesystem.f_type == HUGETLBFS_MAGIC;
         memory->page_total += region->page_count;
-        if (given->page_bytes > memory->page_bytes_max)
-            memory->page_bytes_max = given->page_bytes;
+        if (given->page_bytes > FRAME_CHUNK_BYTES) {
+            region->page_chunks = given->page_bytes / FRAME_CHUNK_BYTES;
+            region->first_chunk = memory->chunk_total;
+            region->first_large = memory->large_total;
+            memory->chunk_total += region->page_count * region->page_chunks;
+            memory->large_total += region->page_count;
+        }
+        if (region_unit_bytes(region) > memory->unit_bytes_max)
+            memory->unit_bytes_max = region_unit_bytes(region);
     }
     memory->region_count = region_count;
     return 0;
@@ -78,6 +85,19 @@ int memory_map_aliases(struct memory *memory)
         region->alias = alias;
     }
     return 0;
+}
+
+void memory_map_large(struct memory *memory)
+{
+    for (uint32_t i = 0; i < memory->region_count; i++) {
+        struct region *region = &memory->regions[i];
+        if (!region->is_hugetlb || region->page_chunks == 0)
+            continue;
+        void *mapping = mmap(NULL, region->memory.size_bytes, PROT_READ, MAP_SHARED | MAP_NORESERVE, region->memory.memory_fd,
+                             (off_t)region->memory.offset_bytes);
+        if (mapping != MAP_FAILED)
+            region->alias = mapping;
+    }
 }
 
 void memory_deinit(struct memory *memory)

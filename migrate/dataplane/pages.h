@@ -8,7 +8,9 @@
  * Every change is a compare-and-swap or an exchange, never a plain store. RECEIVING is a claim: only who made that
  * change writes the page (P1), and PRESENT, MAPPED, ZERO, REMOVED refuse every write. The WANTED bit says that a fault waits;
  * whoever leaves RECEIVING and finds it set resolves the page at once. The DISCARDED bit goes with RECEIVING alone: what is being
- * brought into place is worthless by now, and whoever brings it leaves a zero page instead. */
+ * brought into place is worthless by now, and whoever brings it leaves a zero page instead.
+ *
+ * Of a page that comes in chunks (claims.h) RECEIVING is no claim: it says that some of it is here, for as long as the network takes. */
 #ifndef POSTCOPY_PAGES_H
 #define POSTCOPY_PAGES_H
 
@@ -89,17 +91,44 @@ static inline bool page_discard(page_byte *page)
     }
 }
 
-/* Leave RECEIVING for PRESENT once the content is in place. False: it has been discarded meanwhile; it is still claimed, to be
+/* A chunk of the page has come: RECEIVING, whoever made it so. False: the page is final, or discarded: drop the bytes. */
+static inline bool page_receive_chunk(page_byte *page)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
+    while (PAGE_STATE(seen) < PAGE_RECEIVING) { /* ABSENT, REQUESTED */
+        uint8_t next = (uint8_t)(PAGE_RECEIVING | (seen & PAGE_WANTED));
+        if (atomic_compare_exchange_weak_explicit(page, &seen, next, memory_order_acq_rel, memory_order_acquire))
+            return true;
+    }
+    return PAGE_STATE(seen) == PAGE_RECEIVING && !(seen & PAGE_DISCARDED);
+}
+
+/* The guest has discarded a page that comes in chunks. True: it is RECEIVING and DISCARDED now, until it is REMOVED. False: it is here. */
+static inline bool page_discard_chunks(page_byte *page)
+{
+    uint8_t seen = atomic_load(page);
+    while (PAGE_STATE(seen) != PAGE_PRESENT && PAGE_STATE(seen) != PAGE_MAPPED && PAGE_STATE(seen) < PAGE_ZERO)
+        if (atomic_compare_exchange_weak(page, &seen, (uint8_t)(PAGE_RECEIVING | PAGE_DISCARDED | (seen & PAGE_WANTED))))
+            return true;
+    return false;
+}
+
+/* Leave RECEIVING for PRESENT (a page in chunks: or ZERO) once the content is in place. False: it has been discarded meanwhile; it is still claimed, to be
  * cleared and left as REMOVED. Release: the content is visible to whoever reads the state. *wanted: a fault waits for it. */
-static inline bool page_publish(page_byte *page, bool *wanted)
+static inline bool page_publish_as(page_byte *page, enum page_state state, bool *wanted)
 {
     uint8_t seen = atomic_load_explicit(page, memory_order_relaxed);
     while (!(seen & PAGE_DISCARDED))
-        if (atomic_compare_exchange_weak_explicit(page, &seen, PAGE_PRESENT, memory_order_acq_rel, memory_order_relaxed)) {
+        if (atomic_compare_exchange_weak_explicit(page, &seen, (uint8_t)state, memory_order_acq_rel, memory_order_relaxed)) {
             *wanted = seen & PAGE_WANTED;
             return true;
         }
     return false;
+}
+
+static inline bool page_publish(page_byte *page, bool *wanted)
+{
+    return page_publish_as(page, PAGE_PRESENT, wanted);
 }
 
 /* Leave RECEIVING otherwise: to ZERO or REMOVED (precopy: HELD or HELD_ZERO), or back to ABSENT when it could not be placed.

@@ -12,9 +12,9 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-static int write_file(const struct region *region, uint64_t page_index, const char *bytes, size_t size_bytes)
+static int write_file(const struct region *region, uint64_t start_bytes, const char *bytes, size_t size_bytes)
 {
-    uint64_t offset_bytes = region_file_offset(region, page_index);
+    uint64_t offset_bytes = region->memory.offset_bytes + start_bytes;
     while (size_bytes > 0) {
         ssize_t written_bytes = pwrite(region->memory.memory_fd, bytes, size_bytes, (off_t)offset_bytes);
         if (written_bytes < 0 && errno == EINTR)
@@ -42,34 +42,41 @@ static int copy_to(char *alias, const char *bytes, size_t size_bytes)
     return 0;
 }
 
-int place_pages(const struct region *region, uint64_t page_index, uint64_t page_count, const void *bytes, enum page_path path)
+static int place_bytes(const struct region *region, uint64_t start_bytes, size_t size_bytes, const void *bytes, enum page_path path)
 {
-    size_t size_bytes = page_count * region->memory.page_bytes;
     if (region->is_hugetlb)
-        return copy_to(region->alias + page_index * region->memory.page_bytes, bytes, size_bytes);
+        return copy_to(region->alias + start_bytes, bytes, size_bytes);
     if (path == PATH_URGENT && region->alias) {
-        memcpy(region->alias + page_index * region->memory.page_bytes, bytes, size_bytes);
+        memcpy(region->alias + start_bytes, bytes, size_bytes);
         return 0;
     }
-    return write_file(region, page_index, bytes, size_bytes);
+    return write_file(region, start_bytes, bytes, size_bytes);
 }
 
-static int allocate(const struct region *region, int mode, uint64_t page_index, uint64_t page_count)
+int place_pages(const struct region *region, uint64_t page_index, uint64_t page_count, const void *bytes, enum page_path path)
 {
-    off_t offset_bytes = (off_t)region_file_offset(region, page_index), size_bytes = (off_t)(page_count * region->memory.page_bytes);
-    while (fallocate(region->memory.memory_fd, mode, offset_bytes, size_bytes) < 0)
+    return place_bytes(region, page_index * region->memory.page_bytes, page_count * region->memory.page_bytes, bytes, path);
+}
+
+int place_chunk(const struct region *region, uint64_t chunk_index, const void *bytes, enum page_path path)
+{
+    return place_bytes(region, chunk_index * FRAME_CHUNK_BYTES, FRAME_CHUNK_BYTES, bytes, path);
+}
+
+static int allocate(const struct region *region, int mode, uint64_t start_bytes, uint64_t size_bytes)
+{
+    while (fallocate(region->memory.memory_fd, mode, (off_t)(region->memory.offset_bytes + start_bytes), (off_t)size_bytes) < 0)
         if (errno != EINTR)
             return errno;
     return 0;
 }
 
 /* A hole would give the reservation back, and another guest could take the page: what comes later would be SIGBUS. */
-static int clear_hugetlb(const struct region *region, uint64_t page_index, uint64_t page_count)
+static int clear_hugetlb(const struct region *region, uint64_t start_bytes, uint64_t size_bytes)
 {
     static const char zeroes[64 << 10];
-    char *alias = region->alias + page_index * region->memory.page_bytes;
-    for (uint64_t done_bytes = 0; done_bytes < page_count * region->memory.page_bytes; done_bytes += sizeof(zeroes)) {
-        int error_number = copy_to(alias + done_bytes, zeroes, sizeof(zeroes));
+    for (uint64_t done_bytes = 0; done_bytes < size_bytes; done_bytes += sizeof(zeroes)) {
+        int error_number = copy_to(region->alias + start_bytes + done_bytes, zeroes, sizeof(zeroes));
         if (error_number != 0)
             return error_number;
     }
@@ -78,12 +85,24 @@ static int clear_hugetlb(const struct region *region, uint64_t page_index, uint6
 
 int place_hole(const struct region *region, uint64_t page_index, uint64_t page_count)
 {
-    return allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page_index, page_count);
+    uint64_t page_bytes = region->memory.page_bytes;
+    return allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, page_index * page_bytes, page_count * page_bytes);
+}
+
+static int zero_bytes(const struct region *region, uint64_t start_bytes, uint64_t size_bytes)
+{
+    return region->is_hugetlb ? clear_hugetlb(region, start_bytes, size_bytes)
+                              : allocate(region, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start_bytes, size_bytes);
 }
 
 int place_zeroes(const struct region *region, uint64_t page_index, uint64_t page_count)
 {
-    return region->is_hugetlb ? clear_hugetlb(region, page_index, page_count) : place_hole(region, page_index, page_count);
+    return zero_bytes(region, page_index * region->memory.page_bytes, page_count * region->memory.page_bytes);
+}
+
+int place_zero_chunk(const struct region *region, uint64_t chunk_index)
+{
+    return zero_bytes(region, chunk_index * FRAME_CHUNK_BYTES, FRAME_CHUNK_BYTES);
 }
 
 int memory_discard(const struct memory_region *region, uint64_t page_index, uint64_t page_count)
@@ -126,5 +145,5 @@ int place_reserve(const struct region *region)
 
 int place_allocate(const struct region *region, uint64_t page_index, uint64_t page_count)
 {
-    return allocate(region, 0, page_index, page_count);
+    return allocate(region, 0, page_index * region->memory.page_bytes, page_count * region->memory.page_bytes);
 }

@@ -8,6 +8,9 @@ enum page_path { PATH_URGENT = 0, PATH_BULK = 1, PATH_AHEAD = 2 };
 
 /* Write whole pages. 0 or an errno; never a signal. The caller has claimed every page of the run. */
 int place_pages(const struct region *region, uint64_t page_index, uint64_t page_count, const void *bytes, enum page_path path);
+/* The same of one chunk (claims.h), counted inside the region; and of its bytes that were there: they read as zeroes then. */
+int place_chunk(const struct region *region, uint64_t chunk_index, const void *bytes, enum page_path path);
+int place_zero_chunk(const struct region *region, uint64_t chunk_index);
 /* What is there goes, and reads as zeroes: a hole, or on hugetlbfs cleared pages. 0 or an errno. */
 int place_zeroes(const struct region *region, uint64_t page_index, uint64_t page_count);
 /* The same, and the memory goes back to the system, on hugetlbfs with its reservation: the guest has given it up. 0 or an errno. */

@@ -97,7 +97,10 @@ void settle_judge(struct destination *destination, const struct region *region, 
 static bool is_lacking(const void *of, uint64_t page)
 {
     const struct destination *destination = of;
-    return page_load(&destination->state[page]) == PAGE_ABSENT; /* one that is REQUESTED comes as urgent */
+    uint8_t state = PAGE_STATE(page_load(&destination->state[page]));
+    if (state == PAGE_REQUESTED || state == PAGE_RECEIVING) /* comes as urgent; of a large one bulk may bring what has not been sent */
+        return memory_at_page(&destination->memory, page)->page_chunks > 0;
+    return state == PAGE_ABSENT;
 }
 
 /* Pages [first, end) of a region that are here and not mapped yet, in runs. */

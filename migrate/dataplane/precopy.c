@@ -105,12 +105,15 @@ static bool send_pending(struct run_sender *sender, uint64_t *page, uint64_t end
 {
     struct source *source = sender->source;
     const struct region *region = region_of_page(source, *page);
-    uint64_t page_index = *page - region->first_page, run_pages = 0, run_pages_max = sender->buffer_bytes / region->memory.page_bytes;
+    uint64_t page_index = *page - region->first_page, run_pages = 0;
+    uint64_t run_pages_max = region->page_chunks > 0 ? 1 : sender->buffer_bytes / region->memory.page_bytes;
     while (run_pages < run_pages_max && *page + run_pages < end &&
            atomic_exchange_explicit(&source->pending[*page + run_pages], 0, memory_order_relaxed))
         run_pages++;
     atomic_fetch_sub_explicit(&source->pages_pending, run_pages, memory_order_relaxed);
     *page += run_pages;
+    if (region->page_chunks > 0 && run_pages > 0)
+        return run_send_all(sender, region, page_index, result);
     return run_send(sender, region, page_index, run_pages, result);
 }
 

@@ -3,8 +3,7 @@
  * After precopy it parks between the source's mark and the guest's resumption here: nothing else runs in a switchover, and
  * nothing is mapped in a guest that may still be refused (P2). The last one to park says so for all: only then is nothing in
  * flight. The first connection brings the stale set; the others stay parked until it has been applied, since a page that is
- * still held would refuse its final content (a source that heeds the protocol sends none before it knows what is lacking).
- * Not handled: pages larger than the hot buffer in chunks (FRAME_FLAG_MORE is refused). */
+ * still held would refuse its final content (a source that heeds the protocol sends none before it knows what is lacking). */
 #include <poll.h>
 #include <sys/eventfd.h>
 
@@ -15,7 +14,7 @@
 
 static bool receive_round(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
-    return inbox_expect_run(inbox, result) && wait_ready(inbox->channel.socket, POLLIN, destination->stop_fd, result) &&
+    return inbox_expect_run(inbox, destination, result) && wait_ready(inbox->channel.socket, POLLIN, destination->stop_fd, result) &&
            inbox_take(inbox, destination, result);
 }
 

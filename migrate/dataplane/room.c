@@ -12,11 +12,11 @@
 #include "destination.h"
 #include "result.h"
 
-#define STEP_BYTES (32u << 20) /* 4 to 80 ms between looks at stop_fd */
+#define STEP_BYTES (32u << 20) /* 4 to 80 ms between looks at stop_fd; a page of 1 GiB is one step */
 
 static bool allocate_all(const struct region *region, int stop_fd, struct loop_result *result)
 {
-    uint64_t step_pages = STEP_BYTES / region->memory.page_bytes;
+    uint64_t step_pages = STEP_BYTES > region->memory.page_bytes ? STEP_BYTES / region->memory.page_bytes : 1;
     for (uint64_t first = 0; first < region->page_count; first += step_pages) {
         struct pollfd stop = {.fd = stop_fd, .events = POLLIN};
         if (poll(&stop, 1, 0) > 0)
@@ -37,11 +37,14 @@ void destination_back(struct destination *destination, struct loop_result *resul
         int error_number = memory->regions[r].is_hugetlb ? place_reserve(&memory->regions[r]) : 0;
         if (error_number != 0) {
             result_fail(result, LOOP_MEMORY_FAILED, error_number, "reserve");
+            result->region = r;
             return;
         }
     }
     for (uint32_t r = 0; r < memory->region_count; r++)
-        if (memory->regions[r].is_hugetlb && !allocate_all(&memory->regions[r], destination->stop_fd, result))
+        if (memory->regions[r].is_hugetlb && !allocate_all(&memory->regions[r], destination->stop_fd, result)) {
+            result->region = r;
             return;
+        }
     result->reason = LOOP_FINISHED;
 }

@@ -3,6 +3,8 @@
  * wrapping around; zero pages as a marker. They begin at places of their own, and one of them, whichever comes first, goes on
  * behind a fault.
  *
+ * Large pages go out in pieces (claims.h): a fault steers between two of them, and what is left of the page comes later.
+ *
  * A page is marked sent before it is read: the mark says who sends it by bulk. A page that was asked for meanwhile goes
  * out by both paths at worst, and the destination drops the later copy. */
 #include <poll.h>
@@ -58,6 +60,11 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
         return result_fail(result, LOOP_FINISHED, 0, "stream");
     const struct region *region = region_of_page(source, page);
     uint64_t page_index = page - region->first_page;
+    context->cursor = page;
+    if (region->page_chunks > 0) {
+        uint64_t chunk = 0;
+        return run_send_piece(&context->sender, region, page_index, &chunk, result);
+    }
     uint64_t run_bytes_max = small_runs ? RUN_BYTES_FAULTS : context->sender.buffer_bytes;
     uint64_t run_pages_max = run_bytes_max < region->memory.page_bytes ? 1 : run_bytes_max / region->memory.page_bytes;
     uint64_t run_pages = 0;

@@ -5,15 +5,17 @@
 #include <stddef.h>
 #include <sys/mman.h>
 
-#define MAPPING_ALIGNMENT_BYTES (UINT64_C(2) << 20)
+#define LARGE_BYTES (UINT64_C(1) << 30)
+#define ALIGNMENT_BYTES (UINT64_C(2) << 20)
 
 void *mapping_reserve(uint64_t size_bytes)
 {
-    uint64_t padded_bytes = size_bytes + MAPPING_ALIGNMENT_BYTES;
+    uint64_t alignment_bytes = size_bytes >= LARGE_BYTES ? LARGE_BYTES : ALIGNMENT_BYTES; /* for the largest pages that fit */
+    uint64_t padded_bytes = size_bytes + alignment_bytes;
     char *reserved = mmap(NULL, padded_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (reserved == MAP_FAILED)
         return NULL;
-    uint64_t lead_bytes = -(uint64_t)(uintptr_t)reserved & (MAPPING_ALIGNMENT_BYTES - 1);
+    uint64_t lead_bytes = -(uint64_t)(uintptr_t)reserved & (alignment_bytes - 1);
     if (lead_bytes > 0)
         munmap(reserved, lead_bytes);
     munmap(reserved + lead_bytes + size_bytes, padded_bytes - lead_bytes - size_bytes);

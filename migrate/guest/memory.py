@@ -18,9 +18,15 @@ from migrate.guest._guest import ffi, lib
 from migrate.host import hugepages, sentences
 from proto.messages import GuestRegion
 
-PAGE_BYTES_OF_KIND: dict[str, Literal[4096, 2097152]] = {"memfd": 4096, "tmpfs": 4096, "hugetlb": 2097152}
+PAGE_BYTES_OF_KIND: dict[str, Literal[4096, 2097152, 1073741824]] = {
+    "memfd": 4096,
+    "tmpfs": 4096,
+    "hugetlb": 2097152,
+    "hugetlb-1g": 1073741824,
+}
+_HUGETLB_FLAGS = {"hugetlb": os.MFD_HUGETLB | os.MFD_HUGE_2MB, "hugetlb-1g": os.MFD_HUGETLB | os.MFD_HUGE_1GB}
 _SUFFIX = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_SPEC = re.compile(r"(\d+)([KMGT]?)(?:iB)?(?::([a-z]+))?", re.ASCII)
+_SPEC = re.compile(r"(\d+)([KMGT]?)(?:iB)?(?::([a-z0-9-]+))?", re.ASCII)
 REGION_BYTES_MAX = 1 << 50  # of the wire (proto/messages.py)
 
 
@@ -39,13 +45,20 @@ class MemorySpec:
     size_bytes: int
     kind: str
 
+    @property
+    def is_hugetlb(self) -> bool:
+        return self.kind in _HUGETLB_FLAGS
+
     @classmethod
     def parse(cls, text: str) -> "MemorySpec":
         match = _SPEC.fullmatch(text)
         kind = (match and match[3]) or "memfd"
         if match is None or kind not in PAGE_BYTES_OF_KIND:
             raise PostcopyError(
-                "memory", expected="SIZE[K|M|G|T][:memfd|:tmpfs|:hugetlb], such as 512M or 1G:hugetlb", got=text, code="usage"
+                "memory",
+                expected="SIZE[K|M|G|T][:memfd|:tmpfs|:hugetlb|:hugetlb-1g], such as 512M or 1G:hugetlb",
+                got=text,
+                code="usage",
             )
         size_bytes = int(match[1]) * _SUFFIX[match[2]]
         page_bytes = PAGE_BYTES_OF_KIND[kind]
@@ -60,7 +73,7 @@ def _memory_file(spec: MemorySpec) -> int:
         descriptor, path = tempfile.mkstemp(prefix="postcopy-", dir="/dev/shm")
         os.unlink(path)
     else:
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if spec.kind == "hugetlb" else 0)
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _HUGETLB_FLAGS.get(spec.kind, 0)
         descriptor = os.memfd_create("postcopy-guest", flags)
     os.ftruncate(descriptor, spec.size_bytes)
     return descriptor
@@ -68,7 +81,7 @@ def _memory_file(spec: MemorySpec) -> int:
 
 def _refused(spec: MemorySpec, error_number: int) -> tuple[str, str, str]:
     """What is lacking, why, and the remedy, when a memory file could not be mapped."""
-    pool = hugepages.pool(hugepages.HUGEPAGE_BYTES) if spec.kind == "hugetlb" else None
+    pool = hugepages.pool(PAGE_BYTES_OF_KIND[spec.kind]) if spec.is_hugetlb else None
     if error_number == errno.ENOMEM and pool is not None:
         pages = spec.size_bytes // pool.page_bytes
         return "hugetlbfs memory", *sentences.hugepages_missing(pages, pool)
@@ -97,7 +110,7 @@ class GuestMemory:
         for index, spec in enumerate(self.specs):
             page_bytes = PAGE_BYTES_OF_KIND[spec.kind]
             if address % page_bytes:
-                raise PostcopyError("order of memory regions", expected="hugetlb regions first", got=str(self.specs))
+                raise PostcopyError("order of memory regions", expected="those of larger pages first", got=str(self.specs))
             self.files.append(_memory_file(spec))
             error_number = lib.mapping_place(ffi.cast("void *", address), spec.size_bytes, self.files[-1], 0)
             if error_number:
@@ -115,7 +128,7 @@ class GuestMemory:
 
     def register(self, *, remove_events: bool = False) -> int:
         """A new userfaultfd, registered MISSING|MINOR over every region; its owner closes it last (P3)."""
-        hugetlb = any(spec.kind == "hugetlb" for spec in self.specs)
+        hugetlb = any(spec.is_hugetlb for spec in self.specs)
         userfaultfd = uffd.open_for_postcopy(hugetlb=hugetlb, remove_events=remove_events)
         try:
             for region in self.regions:

@@ -10,14 +10,16 @@ from collections.abc import Callable
 
 from migrate.host import suite, suite_kernel
 from migrate.host.feature import Feature
-from migrate.host.hugepages import HUGEPAGE_BYTES, HUGEPAGES_WANTED, NR_HUGEPAGES, POOL_2M
+from migrate.host.hugepages import GIGANTIC_PAGES_WANTED, HUGEPAGE_BYTES, HUGEPAGES_WANTED, NR_HUGEPAGES, POOL_1G, POOL_2M
 from migrate.host.product import ROWS
 from migrate.host.suite import sanitizer_prefix
 
 __all__ = [
+    "GIGANTIC_PAGES_WANTED",
     "HUGEPAGES_WANTED",
     "HUGEPAGE_BYTES",
     "NR_HUGEPAGES",
+    "POOL_1G",
     "POOL_2M",
     "PROBES",
     "Feature",
@@ -28,6 +30,7 @@ __all__ = [
 PROBES: dict[str, Callable[[], Feature]] = {
     **{row.name: row.probe for row in ROWS},
     "hugetlb": suite.hugetlb,
+    "gigantic": suite.gigantic,
     "uffd-restricted": suite.userfaultfd_restricted,
     "cgroup": suite.limiting_cgroups,
     "netns": suite.netns,

@@ -7,9 +7,11 @@ from pathlib import Path
 
 HUGEPAGE_BYTES = 2 << 20
 HUGEPAGES_WANTED = 160  # what the tests need: a guest of 128 MiB at both ends of a move, and some to spare
+GIGANTIC_PAGES_WANTED = 2  # one at each end of a move
 NR_HUGEPAGES = Path("/proc/sys/vm/nr_hugepages")
 POOLS = Path("/sys/kernel/mm/hugepages")
 POOL_2M = POOLS / "hugepages-2048kB"
+POOL_1G = POOLS / "hugepages-1048576kB"
 NODES = Path("/sys/devices/system/node")
 _NAME = re.compile(r"^hugepages-(\d+)kB$")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from migrate.host import cgroup, sentences
 from migrate.host.feature import Feature
-from migrate.host.guests import huge_pages
-from migrate.host.hugepages import HUGEPAGE_BYTES, HUGEPAGES_WANTED, pool
+from migrate.host.guests import GIGANTIC_PAGE_BYTES, huge_pages
+from migrate.host.hugepages import GIGANTIC_PAGES_WANTED, HUGEPAGE_BYTES, HUGEPAGES_WANTED, pool
 from migrate.host.rights import unprivileged_userfaultfd
 
 PROBE_DEADLINE_SECONDS = 20.0
@@ -20,6 +20,14 @@ CGROUP_LIMITS = {
     "pids": ("pids.max",),
 }
 """Controller to its file of versions 2 and 1."""
+_GIGANTIC_SCRIPT = """
+exec 9<"$1/nr_hugepages"
+flock 9
+before=$(cat "$1/nr_hugepages")
+trap 'echo "$before" >"$1/nr_hugepages"' EXIT
+echo $((before + $2)) >"$1/nr_hugepages"
+test "$(cat "$1/nr_hugepages")" -eq $((before + $2))
+"""
 _NETNS_SCRIPT = """
 mount -t tmpfs none /run
 ip netns add probe
@@ -75,6 +83,18 @@ def hugetlb() -> Feature:
     if pages.unreserved < HUGEPAGES_WANTED:
         return Feature("hugetlb", False, *sentences.hugepages_missing(HUGEPAGES_WANTED, pages))
     return Feature("hugetlb", True, f"{pages.unreserved} free pages of 2 MiB")
+
+
+def gigantic() -> Feature:
+    """Two pages of 1 GiB are free, or can be had: each in one piece, so it is tried, and they are given back at once."""
+    pages = pool(GIGANTIC_PAGE_BYTES)
+    if pages is None:
+        return Feature("gigantic", False, "this kernel has no pages of 1 GiB", "use a processor with pdpe1gb")
+    if pages.unreserved < GIGANTIC_PAGES_WANTED:
+        why = _try("sh", "-euc", _GIGANTIC_SCRIPT, "sh", str(pages.directory), str(GIGANTIC_PAGES_WANTED))
+        if why:
+            return Feature("gigantic", False, *sentences.hugepages_missing(GIGANTIC_PAGES_WANTED, pages))
+    return Feature("gigantic", True, f"{GIGANTIC_PAGES_WANTED} pages of 1 GiB can be had")
 
 
 def userfaultfd_restricted() -> Feature:

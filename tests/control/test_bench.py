@@ -20,13 +20,14 @@ from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
-SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "streams"]
-VALUE = {"stream", "cpu", "sequential"}
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "streams", "huge-urgent", "huge-stream"]
+VALUE = {"stream", "cpu", "sequential", "huge-stream"}
 BARE = {"random", "tracking", "streams"}
 """Figures of the product alone."""
 
 
 @pytest.mark.timeout(90)
+@pytest.mark.requires("hugetlb")
 def test_every_scenario_runs(tmp_path: Path) -> None:
     report = tmp_path / "bench.json"
     command = [*COMMAND, "bench", "--tiny", "--check", "--json", str(report)]

@@ -61,6 +61,7 @@ IN_C: dict[str, tuple[str, tuple[Mutation, ...], tuple[Mutation, ...]]] = {
 
 
 PRECOPY_MAIN = "tests/path/precopy_main.c"
+CHUNKS_MAIN = "tests/path/chunks_main.c"
 ASKED_WHEN_HELD = "        if (seen == PAGE_ABSENT || seen == PAGE_HELD || seen == PAGE_HELD_ZERO)\n"
 HELD_IS_REMOTE = "    case PAGE_HELD:\n    case PAGE_HELD_ZERO: /* the"
 PRESENT_IS_LOCAL = "    case PAGE_PRESENT: /* received a moment ago, or */\n"
@@ -110,6 +111,20 @@ IN_STREAMS: dict[str, tuple[tuple[str, ...], tuple[Mutation, ...]]] = {
 }
 
 
+CLAIMS_C = "migrate/dataplane/claims.c"
+# each removed from pages whose chunks come in any order, by two connections at once
+IN_CHUNKS: dict[str, Mutation] = {
+    "P1 a chunk is claimed once": Mutation(
+        CLAIMS_C,
+        "(atomic_fetch_or_explicit(at->chunk, CHUNK_CLAIMED, memory_order_acquire) & CHUNK_CLAIMED)",
+        "(0)",
+    ),
+    "P1 PRESENT when all chunks are there": Mutation(
+        CLAIMS_C, "    if (PLACED(now) == at->region->page_chunks)", "    if (PLACED(now) == 1)"
+    ),
+}
+
+
 def run_c(program: Path, *scenario: str) -> subprocess.CompletedProcess[str]:
     command = [str(program), *scenario]
     return subprocess.run(command, capture_output=True, text=True, timeout=SCENARIO_DEADLINE_SECONDS, check=False)
@@ -151,6 +166,21 @@ def test_guard_of_precopy(guard: str, precopying: None, repository: Path, tmp_pa
 def test_guard_of_streams(guard: str, precopying: None, repository: Path, tmp_path: Path) -> None:
     scenario, removal = IN_STREAMS[guard]
     broken = run_c(build_c(repository, tmp_path, *removal, main=PRECOPY_MAIN), *scenario)
+    assert broken.returncode == 1
+    assert "failed:" in broken.stderr
+
+
+@pytest.fixture(scope="module")
+def in_chunks(repository: Path, tmp_path_factory: pytest.TempPathFactory, hugetlb_pool: int) -> None:
+    """With every guard it holds."""
+    held = run_c(build_c(repository, tmp_path_factory.mktemp("chunks"), main=CHUNKS_MAIN), "scattered")
+    assert (held.returncode, held.stdout) == (0, "scattered: held\n"), held.stderr
+
+
+@pytest.mark.parametrize("guard", IN_CHUNKS)
+@pytest.mark.requires("hugetlb")
+def test_guard_of_chunks(guard: str, in_chunks: None, repository: Path, tmp_path: Path) -> None:
+    broken = run_c(build_c(repository, tmp_path, IN_CHUNKS[guard], main=CHUNKS_MAIN), "scattered")
     assert broken.returncode == 1
     assert "failed:" in broken.stderr
 

@@ -1,7 +1,7 @@
-/* Discards alone: discard-main SEED COUNT [STEP]. COUNT moves, of SEED, SEED + STEP, ...: in turn with REMOVE events, with messages,
- * and with MADV_DONTNEED, which keeps the data; three without and three with precopy; by one bulk connection and by two. The guest's
- * threads at the destination discard, write and read their pages at random while these arrive, and beyond the end of the migration:
- * what was discarded reads zero, what was not as it was. On top of the main that precopies. */
+/* Discards alone: discard-main SEED COUNT [STEP [hugetlb]]. COUNT moves, of SEED, SEED + STEP, ...: in turn with REMOVE events, with
+ * messages, and with MADV_DONTNEED, which keeps the data; three without and three with precopy; by one bulk connection and by two. The
+ * guest's threads at the destination discard, write and read their pages at random while these arrive, and beyond the end of the
+ * migration: what was discarded reads zero, what was not as it was. On top of the main that precopies. */
 #define MAIN_OF_DISCARDS
 #include "precopy_main.c"
 
@@ -180,13 +180,14 @@ int main(int argc, char **argv)
 {
     alarm(100);
     if (argc < 3) {
-        fprintf(stderr, "usage: discard-main SEED COUNT [STEP]\n");
+        fprintf(stderr, "usage: discard-main SEED COUNT [STEP [hugetlb]]\n");
         return 2;
     }
     uint64_t seed = strtoull(argv[1], NULL, 10), count = strtoull(argv[2], NULL, 10), step = argc > 3 ? strtoull(argv[3], NULL, 10) : 1;
     uint64_t removed[WAYS] = {0};
+    bool hugetlb = argc > 4 && strcmp(argv[4], "hugetlb") == 0;
     for (uint64_t i = 0; i < count; i++, seed += step) {
-        struct tracked tracked = {.move = {.page_count = 4096, .page_bytes = 4096, .remove_events = seed % 3 != 1, .removed_keeps = seed % 3 == 2}};
+        struct tracked tracked = {.move = {.page_count = hugetlb ? 16 : 4096, .page_bytes = hugetlb ? 2u << 20 : 4096, .hugetlb = hugetlb, .remove_events = seed % 3 != 1, .removed_keeps = seed % 3 == 2}};
         tracked.move.others = (uint32_t)(seed % 2);
         if (seed / 3 % 2 == 0)
             discards_alone(&tracked.move, seed, removed);

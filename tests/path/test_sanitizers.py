@@ -18,7 +18,7 @@ BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
 OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
 RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
-MAINS = ("dataplane-main", "precopy-main", "discard-main", "workload-main")
+MAINS = ("dataplane-main", "precopy-main", "discard-main", "chunks-main", "workload-main")
 STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 BUILDS = [
@@ -96,6 +96,21 @@ def test_precopy_on_hugetlbfs(programs: Path) -> None:
 def test_discards(programs: Path) -> None:
     """Of a guest at the destination, by events and by messages, just ahead of what comes by bulk and in what is held."""
     assert run_main(programs / "discard-main", "0", "6") == ["discards: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd", "hugetlb")
+def test_discards_on_hugetlbfs(programs: Path) -> None:
+    """An event alone; after precopy what keeps the data, and messages."""
+    assert run_main(programs / "discard-main", "0", "3", "5", "hugetlb") == ["discards: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd", "hugetlb")
+def test_large_pages_in_pieces(programs: Path) -> None:
+    """In any order, by two connections at once, cut, discarded when half is here, and a small page asked for between."""
+    scenarios = ["scattered", "cut", "bad-pieces", "discards", "between"]
+    assert run_main(programs / "chunks-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 
 @pytest.mark.timeout(180)

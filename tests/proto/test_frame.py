@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proto.errors import ProtocolError
-from proto.frame import ACCEPTED_BY_DESTINATION, ACCEPTED_BY_SOURCE, FRAME_HEADER_BYTES, FRAME_LENGTH_BYTES_MAX, Frame, FrameKind
+from proto.frame import (
+    ACCEPTED_BY_DESTINATION,
+    ACCEPTED_BY_SOURCE,
+    FRAME_CHUNK_BYTES,
+    FRAME_FLAG_MORE,
+    FRAME_HEADER_BYTES,
+    FRAME_LENGTH_BYTES_MAX,
+    Frame,
+    FrameKind,
+)
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / "proto/golden/frames.json").read_text())
@@ -117,7 +126,13 @@ def test_the_c_side_refuses_what_it_does_not_understand(frame_in_c: FrameInC) ->
 U64_EDGES = st.one_of(
     st.integers(0, 1100), st.sampled_from([(1 << 38) - 1, 1 << 38, (1 << 64) - 1]), st.integers(0, (1 << 64) - 1)
 )
+OFFSETS = st.one_of(
+    st.sampled_from([0] * 15 + [4096]),
+    st.builds(lambda chunks: chunks * FRAME_CHUNK_BYTES, st.integers(0, 17)),
+    st.sampled_from([(1 << 30) - FRAME_CHUNK_BYTES, 1 << 30]),
+)
 LENGTHS = st.one_of(
+    st.builds(lambda chunks: chunks * FRAME_CHUNK_BYTES, st.integers(0, 17)),
     st.builds(lambda pages, size: min(pages * size, 0xFFFFFFFF), st.integers(0, 1001), st.sampled_from([4096, 2 << 20, 1 << 30])),
     st.integers(0, 0xFFFFFFFF),
 )
@@ -129,10 +144,10 @@ NEAR_VALID = st.builds(
     ),
     st.sampled_from([0x4350] * 15 + [0]),
     st.one_of(st.integers(1, 3), st.integers(0, 255)),
-    st.sampled_from([0] * 15 + [1]),
+    st.sampled_from([0] * 8 + [1] * 7 + [2]),
     st.one_of(st.integers(0, 3), st.integers(0, 0xFFFFFFFF)),
     U64_EDGES,
-    st.sampled_from([0] * 15 + [4096]),
+    OFFSETS,
     LENGTHS,
 )
 
@@ -151,7 +166,9 @@ def test_any_bytes_are_a_frame_or_a_protocol_error(side: str, data: bytes) -> No
         assert frame.encode() == data
         page_count, page_bytes = REGIONS[frame.region]
         assert 0 < frame.length_bytes <= FRAME_LENGTH_BYTES_MAX
-        assert frame.page_index * page_bytes + frame.length_bytes <= page_count * page_bytes
+        end_bytes = frame.page_index * page_bytes + frame.offset_bytes + frame.length_bytes
+        assert end_bytes <= page_count * page_bytes
+        assert (frame.flags == FRAME_FLAG_MORE) == (end_bytes % page_bytes != 0)
 
 
 @given(st.integers(0, len(REGIONS) - 1), st.data())
