@@ -7,7 +7,7 @@ inode's lock. They are for links on which one TCP connection does not get what t
 import statistics
 
 from migrate.bench.figures import Result
-from migrate.bench.scenarios import MIB, Shuttle, _cpu_seconds, _postcopy_seconds, bench_pair
+from migrate.bench.scenarios import MIB, Shuttle, _cpu_seconds, postcopy_seconds, bench_pair
 
 SEVERAL = (1, 2, 4)
 
@@ -21,7 +21,7 @@ def streams(tiny: bool) -> Result:
         for _ in range(rounds):
             for number in SEVERAL:
                 before = _cpu_seconds(pair)
-                rates[number].append(size_bytes / _postcopy_seconds(shuttle.move(warmed=True, streams=number)))
+                rates[number].append(size_bytes / postcopy_seconds(shuttle.move(warmed=True, streams=number)))
                 cpu[number].append(_cpu_seconds(pair) - before)
     figures: dict[str, float] = {"runs": rounds}
     for number in SEVERAL[1:]:

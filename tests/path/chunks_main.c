@@ -172,7 +172,7 @@ static struct loop_result result_of_pieces(const struct frame_header *frames, si
     if (urgent)
         fault_loop(move.destination, move.urgent[0], result);
     else
-        receive_loop(move.destination, move.bulk[0], false, result);
+        receive_loop(move.destination, move.bulk[0], 0, false, result);
     move_end(&move);
     return *result;
 }
