@@ -8,7 +8,6 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 from migrate import __version__
@@ -16,6 +15,7 @@ from migrate.clock import PINGS, SAME_CLOCK, clock_id
 from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
+from migrate.departure import Departure
 from migrate.errors import (
     AbortedError,
     GuestGoneError,
@@ -28,8 +28,8 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect, greet
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.region import populated_bytes
-from migrate.rounds import PEER_REASON_SECONDS, Rounds, lost
-from migrate.session import Migration, PrecopyInfo, RoundInfo
+from migrate.rounds import PEER_REASON_SECONDS, lost
+from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -53,7 +53,7 @@ from proto.messages import (
     Switchover,
 )
 from proto.preamble import NO_TOKEN, ConnectionKind, Preamble
-from proto.states import CANCELLABLE, Event, Role, State
+from proto.states import CANCELLABLE, Event, State
 
 ANSWER_DEADLINE_SECONDS = 10.0
 HUGE_BYTES_A_SECOND = 128 << 20
@@ -63,10 +63,8 @@ FIRST_STEP_SECONDS = 0.005
 """How long bulk waits for word of the guest's first step at the destination."""
 
 
-class SourceMigration(Migration):
+class SourceMigration(Departure):
     """Drives one guest away. ``run`` ends when the migration has ended or is STALLED."""
-
-    role = Role.SOURCE
 
     def __init__(
         self,
@@ -81,25 +79,19 @@ class SourceMigration(Migration):
         congestion_control: str | None = None,
         poll_ns: int = 0,
     ) -> None:
-        super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
-        self.guest = guest
+        super().__init__(os.urandom(16), guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk = bulk
         self.precopy = precopy
-        self._rounds = Rounds(self, guest, precopy)
-        self._stale_window_ns: int | None = None
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
-        self._plane: SourcePlane | None = None
-        self._figures: dict[str, int] = {}
         self.streams = streams if bulk else 1
         self._connections = DataConnections()
         self._clock = SAME_CLOCK
         self._paused = False
         self._cancel_reason: str | None = None
-        self._faults_there = 0
 
     # --- the way of a migration -------------------------------------------------------------------------------------
 
@@ -366,39 +358,3 @@ class SourceMigration(Migration):
         self._connections.close()
         if self._control is not None:
             self._control.close()
-
-    # --- figures ----------------------------------------------------------------------------------------------------
-
-    def figures(self) -> dict[str, int]:
-        return self._plane.figures() if self._plane is not None else self._figures
-
-    def pages_done(self) -> int:
-        figures = self.figures()
-        if self.state is State.PRECOPY:
-            return self.pages_total - figures.get("pages_pending", 0)
-        return self.pages_total if self.state is State.COMPLETE else figures.get("pages_sent", 0)
-
-    def pages_by_path(self) -> dict[str, int]:
-        figures = self.figures()
-        zero = sum(figures.get(f"pages_zero_{path}", 0) for path in ("urgent", "readahead", "bulk"))
-        precopy = figures.get("pages_precopy", 0) + figures.get("pages_zero_precopy", 0)  # copies, one a round
-        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "readahead", "bulk")}
-        return {**by_path, "zero": zero, "precopy": precopy}
-
-    def precopy_info(self) -> PrecopyInfo | None:
-        if State.PRECOPY not in self._timeline:
-            return None
-        figures = self.figures()
-        return PrecopyInfo(
-            rounds_begun=len(self._rounds.done) + (self.state is State.PRECOPY),
-            rounds=[RoundInfo(**asdict(one)) for one in self._rounds.done],
-            bytes_moved=figures.get("bytes_precopy", 0),
-            stale_pages=figures.get("pages_stale", 0),
-            stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
-            faults_held=None,
-            faults_after=None,
-            stale_pages_touched=None,
-        )
-
-    def faults_count(self) -> int:
-        return max(self._faults_there, self.figures().get("requests", 0))
