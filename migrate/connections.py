@@ -1,9 +1,11 @@
 """The data connections of one migration: one urgent, and as many of bulk as both sides have agreed on."""
 
+import asyncio
 import contextlib
 import socket
+from typing import Any
 
-from migrate.errors import ConnectionLostError
+from migrate.errors import ConnectionLostError, DeadlineError
 from migrate.network import has_ended
 from proto.preamble import ConnectionKind
 
@@ -18,6 +20,7 @@ class DataConnections:
         self.streams = streams
         self.wanted = (URGENT, *((ConnectionKind.BULK, stream) for stream in range(streams)))
         self._sockets: dict[tuple[ConnectionKind, int], socket.socket | None] = {}
+        self._whole = asyncio.Event()
 
     @property
     def urgent(self) -> socket.socket:
@@ -42,6 +45,22 @@ class DataConnections:
 
     def add(self, kind: ConnectionKind, stream: int, sock: socket.socket) -> None:
         self._sockets[kind, stream] = sock
+        if not self.missing():
+            self._whole.set()
+
+    async def all_here(self, closed: asyncio.Future[None], deadline_seconds: float) -> None:
+        """Until every one is, or the control connection is ``closed``. Raises ConnectionLostError, DeadlineError."""
+        whole = asyncio.ensure_future(self._whole.wait())
+        waited: set[asyncio.Future[Any]] = {whole, closed}
+        try:
+            await asyncio.wait(waited, timeout=deadline_seconds, return_when="FIRST_COMPLETED")
+        finally:
+            whole.cancel()
+        if closed.done():
+            raise ConnectionLostError("control connection", expected="data connections", got="its end")
+        if missing := self.missing():
+            expected, got = f"urgent and bulk within {deadline_seconds} s", f"no {' and no '.join(missing)}"
+            raise DeadlineError("data connections", expected=expected, got=got)
 
     def name(self, kind: ConnectionKind, stream: int) -> str:
         """``urgent``, ``bulk``, and of several ``bulk 2``."""

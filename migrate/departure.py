@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from migrate.dataplane import SourcePlane
+from migrate.guest_link import GuestLink
+from migrate.precopy import PrecopyPolicy
 from migrate.rounds import Rounds
 from migrate.session import Migration, PrecopyInfo, RoundInfo
 from proto.states import Role, State
@@ -13,13 +15,16 @@ class Departure(Migration):
     """What is known of a guest that leaves; ``migrate/source.py`` drives it."""
 
     role = Role.SOURCE
-    _rounds: Rounds
 
-    def __init__(self, migration_id: bytes, guest_id: str, peer: str, on_end: Callable[[Migration], None]) -> None:
-        super().__init__(migration_id, guest_id, peer, on_end)
+    def __init__(
+        self, migration_id: bytes, guest: GuestLink, peer: str, precopy: PrecopyPolicy, on_end: Callable[[Migration], None]
+    ) -> None:
+        super().__init__(migration_id, guest.guest_id, peer, on_end)
+        self.guest = guest
+        self._rounds = Rounds(self, guest, precopy)
         self._plane: SourcePlane | None = None
-        self._stale_window_ns: int | None = None
         self._figures: dict[str, int] = {}
+        self._stale_window_ns: int | None = None
         self._faults_there = 0
 
     def figures(self) -> dict[str, int]:

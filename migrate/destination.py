@@ -19,7 +19,7 @@ from migrate.clock import clock_id, monotonic_ns
 from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, DestinationPlane, LoopResult
-from migrate.errors import CancelledByPeerError, ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
+from migrate.errors import CancelledByPeerError, ConnectionLostError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
 from migrate.recovery import is_lost
 from migrate.room import Room
@@ -83,7 +83,6 @@ class DestinationMigration(Arrival):
         self._quiet = quiet
         self._room = room
         self._connections = DataConnections()
-        self._attached: asyncio.Future[None] = self._loop.create_future()
         self._again: asyncio.Future[tuple[ControlConnection, int]] | None = None  # while it waits for another epoch
         self._final: asyncio.Future[None] = self._loop.create_future()
         self._last_step_ns = 0
@@ -137,7 +136,7 @@ class DestinationMigration(Arrival):
                 streams=self.streams,
             )
         )
-        await self._attached_or_closed()
+        await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)
         self.advance(Event.ATTACHED)
         self._control.send(Ready())
         self._control.keep_alive()
@@ -177,15 +176,6 @@ class DestinationMigration(Arrival):
         self._room.claim(self.migration_id, self.guest.regions, [region.populated_bytes for region in offer.regions])
         await back(self, self._plane, self.guest, self._control)
 
-    async def _attached_or_closed(self) -> None:
-        waited: set[asyncio.Future[None]] = {self._attached, self._control.closed}
-        await asyncio.wait(waited, timeout=ATTACH_DEADLINE_SECONDS, return_when="FIRST_COMPLETED")
-        if self._control.closed.done():
-            raise ConnectionLostError("control connection", expected="data connections", got="its end")
-        if not self._attached.done():
-            got = f"no {' and no '.join(self._connections.missing())}"
-            raise DeadlineError("data connections", expected=f"urgent and bulk within {ATTACH_DEADLINE_SECONDS} s", got=got)
-
     def reserve(self, kind: ConnectionKind, stream: int) -> bool:
         """Whether that data connection is awaited; ``attach`` is next, and any other of that number is not awaited any more."""
         return self.state in (State.ATTACHING, State.PAUSED) and self._connections.reserve(kind, stream)
@@ -203,8 +193,6 @@ class DestinationMigration(Arrival):
             self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
         elif self._precopy:
             self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), stream, precopy=True))
-        if not self._connections.missing():
-            self._attached.set_result(None)
 
     async def _switch_over(self) -> None:
         if self.before_switchover is not None:
@@ -346,9 +334,8 @@ class DestinationMigration(Arrival):
             return
         self._control, self.epoch = again.result()
         self._connections = DataConnections(self.streams)
-        self._attached = self._loop.create_future()
         self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
-        await self._attached_or_closed()
+        await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)
         plane, connections = self._plane, self._connections
         plane.stop()
         self.join_loops()

@@ -31,7 +31,7 @@ from migrate.network import Address, connect, greet
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
 from migrate.region import populated_bytes
-from migrate.rounds import PEER_REASON_SECONDS, Rounds, lost
+from migrate.rounds import PEER_REASON_SECONDS, lost
 from migrate.session import Migration, error_facts
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
@@ -84,12 +84,10 @@ class SourceMigration(Departure):
         congestion_control: str | None = None,
         poll_ns: int = 0,
     ) -> None:
-        super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
-        self.guest = guest
+        super().__init__(os.urandom(16), guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk = bulk
         self.precopy = precopy
-        self._rounds = Rounds(self, guest, precopy)
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
         self._address = address
         self._quiet = quiet

@@ -7,7 +7,7 @@ inode's lock. They are for links on which one TCP connection does not get what t
 import statistics
 
 from migrate.bench.figures import Result
-from migrate.bench.scenarios import MIB, Shuttle, _cpu_seconds, postcopy_seconds, bench_pair
+from migrate.bench.scenarios import MIB, Shuttle, _cpu_seconds, bench_pair, postcopy_seconds
 
 SEVERAL = (1, 2, 4)
 

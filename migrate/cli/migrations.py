@@ -139,7 +139,8 @@ def summary(ended: MigrationStatus) -> None:
     if ended.switched_because:
         table.add_row("switched", ended.switched_because)
     table.add_row("pages", ", ".join(f"{number} {path}" for path, number in ended.pages.items()) + f" of {ended.pages_total}")
-    table.add_row("moved", f"{ended.bytes_moved / 1e6:.1f} MB at {ended.bytes_per_second / 1e6:.0f} MB/s")
+    by = f" by {ended.streams} bulk connections" if ended.streams > 1 else ""
+    table.add_row("moved", f"{ended.bytes_moved / 1e6:.1f} MB at {ended.bytes_per_second / 1e6:.0f} MB/s{by}")
     table.add_row("total time", seconds(ended.elapsed_seconds))
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 

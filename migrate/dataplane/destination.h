@@ -34,7 +34,7 @@ struct destination {
     _Atomic uint8_t *copies;
     _Atomic uint64_t map_steer; /* flat page of the last local fault: where to map ahead next; STEER_NONE */
     _Atomic bool opened; /* the guest has been resumed here */
-    _Atomic uint64_t bulk_next; /* flat page behind the last run that came by bulk: where the next one is likely; STEER_NONE */
+    _Atomic uint64_t bulk_next; /* flat page behind the last run that came by bulk, by whichever connection: where the next one is likely */
     bool recovering; /* a connection has been lost: not the first epoch (epoch.c) */
     uint64_t judged_final; /* by the stale set; only the loop of the first bulk connection, that takes it */
     bool removed_is_zero;  /* what a REMOVE event means for pages not here yet; else nothing */
