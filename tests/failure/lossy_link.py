@@ -16,7 +16,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from migrate.pair import DaemonProcess
+from migrate.session import MigrationStatus
 from proto.preamble import ConnectionKind
+
+from ..path.commuter import Commuter, until
 
 PIECE_BYTES = 1 << 16
 KIND_AT = 12
@@ -202,3 +206,42 @@ class LossyLink:
         if rate is not None:
             time.sleep(len(data) / rate)  # a slow path: the one place where time itself is what is tested
         return len(data)
+
+
+class CutMove:
+    """One move of a commuter over a link of its own."""
+
+    def __init__(self, guest: Commuter, **options: str | float | bool) -> None:
+        self.guest = guest
+        self._here, self._there = guest.is_at, guest.goes_to
+        self.link = LossyLink(self._there.address)
+        with self._here.client() as client:
+            self.id = client.migrate(guest.guest_id, self.link.address, **options).id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.link.__exit__(kind, error, trace)
+
+    def state(self) -> str:
+        return self._state_at(self._here)
+
+    def state_there(self) -> str:
+        return self._state_at(self._there)
+
+    def _state_at(self, daemon: DaemonProcess) -> str:
+        with daemon.client() as client:
+            return str(client.status(self.id).state)
+
+    def reaches(self, *states: str) -> None:
+        until(lambda: self.state() in states, " or ".join(states))
+
+    def ends(self) -> MigrationStatus:
+        """Settled; a guest that has moved has checked itself. Raises AssertionError."""
+        with self._here.client() as client:
+            status = client.status(self.id, settled_within_seconds=30)
+        assert status.settled, status
+        if status.state == "complete":
+            self.guest.arrived()
+        return status

@@ -49,6 +49,11 @@ class Commuter:
         self.goes_to, self.is_at = self.is_at, self.goes_to
         return verified
 
+    def waiting_again(self) -> bool:
+        """After a migration that came to nothing: the other self can be moved to."""
+        with self.goes_to.client() as client:
+            return any(one["id"] == self.waits.name and one["state"] == "waiting" for one in client.guests())
+
     def end(self) -> None:
         """Both of its processes."""
         self.runs.kill()
