@@ -52,6 +52,15 @@ static enum frame_kind kind_of(const struct run_sender *sender, bool zero)
     return zero ? FRAME_ZERO : FRAME_PAGES;
 }
 
+/* Ahead of a reader goes what he is about to wait for: urgent. */
+static bool send_pieces(struct run_sender *sender, struct iovec *pieces, int piece_count, struct loop_result *result)
+{
+    struct source *source = sender->source;
+    if (sender->path == RUN_AHEAD)
+        return channel_send_all(&sender->channel, pieces, piece_count, source->stop_fd, result);
+    return paced_send(&source->paced, &sender->link, &sender->channel, pieces, piece_count, source->stop_fd, result);
+}
+
 bool run_send(struct run_sender *sender, const struct region *region, uint64_t page_index, uint64_t page_count, struct loop_result *result)
 {
     struct source *source = sender->source;
@@ -67,7 +76,7 @@ bool run_send(struct run_sender *sender, const struct region *region, uint64_t p
         struct frame_header header = frame_of_run(source, kind_of(sender, zero), region, page_index + done, alike);
         struct iovec pieces[2] = {{&header, FRAME_HEADER_BYTES}, {content + done * page_bytes, alike * page_bytes}};
         count_run(sender, zero, alike, FRAME_HEADER_BYTES + (zero ? 0 : alike * page_bytes));
-        if (!channel_send_all(&sender->channel, pieces, zero ? 1 : 2, source->stop_fd, result))
+        if (!send_pieces(sender, pieces, zero ? 1 : 2, result))
             return false;
         done += alike;
     }

@@ -21,6 +21,7 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
         return NULL;
     }
     atomic_init(&source->steer, STEER_NONE);
+    paced_init(&source->paced, &source->pace_waited_ns);
     source->pagemap_fd = -1;
     source->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     source->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -40,6 +41,7 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
 void source_destroy(struct source *source)
 {
     memory_deinit(&source->memory);
+    paced_deinit(&source->paced);
     int descriptors[] = {source->stop_fd, source->open_fd, source->open_bulk_fd};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         if (descriptors[i] >= 0)
@@ -52,6 +54,16 @@ void source_destroy(struct source *source)
 void source_poll(struct source *source, uint64_t poll_ns)
 {
     source->poll_ns = poll_ns;
+}
+
+void source_limit(struct source *source, uint64_t bytes_per_second)
+{
+    paced_limit(&source->paced, bytes_per_second);
+}
+
+uint64_t source_pace(struct source *source)
+{
+    return paced_rate(&source->paced);
 }
 
 void source_stop(struct source *source)

@@ -5,6 +5,7 @@
 #include "channel.h"
 #include "frame.h"
 #include "memory.h"
+#include "paced.h"
 
 struct source {
     struct memory memory;
@@ -15,6 +16,7 @@ struct source {
     _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path since the guest was paused */
     int pagemap_fd;         /* of the guest, borrowed; -1: no precopy */
     _Atomic uint8_t *pending; /* precopy, one byte a page: to be sent in this round; after the pause: stale */
+    struct paced paced;     /* bulk and precopy, over all their connections */
     _Atomic bool streaming; /* bulk sends: what nobody has asked for may go out */
     _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind a fault (serve.c); STEER_NONE */
 #define X(name) _Atomic uint64_t name;
@@ -38,6 +40,7 @@ struct run_sender {
     struct channel channel;
     char *buffer;
     size_t buffer_bytes;
+    struct paced_link link;
     enum run_path path;
 };
 /* 0 or ENOMEM. */

@@ -1,0 +1,133 @@
+/* See paced.h. */
+#include "paced.h"
+
+#include <linux/tcp.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <stdatomic.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <time.h>
+
+#include "result.h"
+
+#define SAMPLE_NS UINT64_C(250000)
+#define PARTS_MAX 2
+
+void paced_init(struct paced *paced, _Atomic uint64_t *waited_ns)
+{
+    pthread_mutex_init(&paced->lock, NULL);
+    pacer_init(&paced->pacer);
+    paced->waited_ns = waited_ns;
+}
+
+void paced_deinit(struct paced *paced)
+{
+    pthread_mutex_destroy(&paced->lock);
+}
+
+void paced_limit(struct paced *paced, uint64_t bytes_per_second)
+{
+    pthread_mutex_lock(&paced->lock);
+    pacer_limit(&paced->pacer, bytes_per_second, clock_monotonic_ns());
+    pthread_mutex_unlock(&paced->lock);
+}
+
+uint64_t paced_rate(struct paced *paced)
+{
+    pthread_mutex_lock(&paced->lock);
+    uint64_t rate_bytes = pacer_rate(&paced->pacer);
+    pthread_mutex_unlock(&paced->lock);
+    return rate_bytes;
+}
+
+/* Until it may go; how much of it then. 0: told to stop. */
+static uint64_t wait_for_turn(struct paced *paced, int stop_fd, struct loop_result *result)
+{
+    for (;;) {
+        uint64_t now_ns = clock_monotonic_ns();
+        pthread_mutex_lock(&paced->lock);
+        uint64_t wait_ns = pacer_wait_ns(&paced->pacer, now_ns), piece_bytes = pacer_piece_bytes(&paced->pacer);
+        pthread_mutex_unlock(&paced->lock);
+        if (wait_ns == 0)
+            return piece_bytes;
+        struct pollfd polled = {.fd = stop_fd, .events = POLLIN};
+        struct timespec timeout = {.tv_sec = (time_t)(wait_ns / 1000000000), .tv_nsec = (long)(wait_ns % 1000000000)};
+        int ready = ppoll(&polled, 1, &timeout, NULL);
+        atomic_fetch_add_explicit(paced->waited_ns, clock_monotonic_ns() - now_ns, memory_order_relaxed);
+        if (ready > 0)
+            return result_fail(result, LOOP_STOPPED, 0, "ppoll");
+        if (ready < 0 && errno != EINTR)
+            return result_fail(result, LOOP_CONNECTION_FAILED, errno, "ppoll");
+    }
+}
+
+/* False: it is no TCP, or an older kernel's. */
+static bool look(const struct channel *channel, struct paced_link *link, uint64_t now_ns, struct pacer_sample *sample)
+{
+    struct tcp_info info;
+    socklen_t info_bytes = sizeof(info);
+    if (getsockopt(channel->socket, IPPROTO_TCP, TCP_INFO, &info, &info_bytes) < 0 || info_bytes < sizeof(info))
+        return false;
+    *sample = (struct pacer_sample){.now_ns = now_ns, .rtt_ns = info.tcpi_rtt * UINT64_C(1000)};
+    if (link->known) {
+        sample->acked_bytes = info.tcpi_bytes_acked - link->acked_bytes;
+        sample->starved_ns = (info.tcpi_rwnd_limited - link->starved_us) * 1000;
+    }
+    *link = (struct paced_link){true, now_ns, info.tcpi_bytes_acked, info.tcpi_rwnd_limited};
+    return true;
+}
+
+static void note_sent(struct paced *paced, struct paced_link *link, const struct channel *channel, uint64_t sent_bytes)
+{
+    uint64_t now_ns = clock_monotonic_ns();
+    struct pacer_sample sample;
+    bool due = now_ns - link->sampled_ns >= SAMPLE_NS;
+    bool seen = due && look(channel, link, now_ns, &sample);
+    link->sampled_ns = due ? now_ns : link->sampled_ns;
+    pthread_mutex_lock(&paced->lock);
+    pacer_sent(&paced->pacer, now_ns, sent_bytes);
+    if (seen)
+        pacer_sample(&paced->pacer, &sample);
+    else if (due)
+        pacer_blind(&paced->pacer);
+    pthread_mutex_unlock(&paced->lock);
+}
+
+/* The next part_bytes of the pieces, or what is left of them. */
+static int cut(struct iovec **pieces, int *piece_count, uint64_t part_bytes, struct iovec *parts, uint64_t *cut_bytes)
+{
+    int part_count = 0;
+    *cut_bytes = 0;
+    while (*piece_count > 0 && part_count < PARTS_MAX && *cut_bytes < part_bytes) {
+        struct iovec *piece = *pieces;
+        uint64_t left_bytes = part_bytes - *cut_bytes, taken_bytes = piece->iov_len < left_bytes ? piece->iov_len : left_bytes;
+        parts[part_count++] = (struct iovec){piece->iov_base, taken_bytes};
+        piece->iov_base = (char *)piece->iov_base + taken_bytes;
+        piece->iov_len -= taken_bytes;
+        *cut_bytes += taken_bytes;
+        if (piece->iov_len == 0) {
+            ++*pieces;
+            --*piece_count;
+        }
+    }
+    return part_count;
+}
+
+bool paced_send(struct paced *paced, struct paced_link *link, struct channel *channel, struct iovec *pieces, int piece_count,
+                int stop_fd, struct loop_result *result)
+{
+    if (!link->known)
+        prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul, 0ul); /* of this thread: 50 us, the usual slack, is most of a piece's time */
+    while (piece_count > 0) {
+        struct iovec parts[PARTS_MAX];
+        uint64_t sent_bytes, part_bytes = wait_for_turn(paced, stop_fd, result);
+        if (part_bytes == 0)
+            return false;
+        int part_count = cut(&pieces, &piece_count, part_bytes, parts, &sent_bytes);
+        if (!channel_send_all(channel, parts, part_count, stop_fd, result))
+            return false;
+        note_sent(paced, link, channel, sent_bytes);
+    }
+    return true;
+}

@@ -1,0 +1,32 @@
+/* Bulk onto a connection, paced: one controller (pacer.h) for all bulk connections of a migration. */
+#ifndef POSTCOPY_PACED_H
+#define POSTCOPY_PACED_H
+
+#include <pthread.h>
+
+#include "channel.h"
+#include "pacer.h"
+
+struct paced {
+    pthread_mutex_t lock; /* of bulk threads alone: nothing urgent takes it */
+    struct pacer pacer;
+    _Atomic uint64_t *waited_ns; /* how long bulk was kept waiting, of all its threads */
+};
+
+/* What a bulk connection has told so far. */
+struct paced_link {
+    bool known;
+    uint64_t sampled_ns, acked_bytes, starved_us;
+};
+
+void paced_init(struct paced *paced, _Atomic uint64_t *waited_ns);
+void paced_deinit(struct paced *paced);
+/* At any time, from any thread. 0: none. */
+void paced_limit(struct paced *paced, uint64_t bytes_per_second);
+/* Bytes a second; 0: as fast as it can. */
+uint64_t paced_rate(struct paced *paced);
+/* channel_send_all, when and as fast as the pacer lets it. */
+bool paced_send(struct paced *paced, struct paced_link *link, struct channel *channel, struct iovec *pieces, int piece_count,
+                int stop_fd, struct loop_result *result);
+
+#endif
