@@ -10,6 +10,7 @@
 #include <time.h>
 
 #include "result.h"
+#include "schedule.h"
 
 #define SAMPLE_NS UINT64_C(250000)
 #define PARTS_MAX 2
@@ -41,24 +42,60 @@ uint64_t paced_rate(struct paced *paced)
     return rate_bytes;
 }
 
-/* Until it may go; how much of it then. 0: told to stop. */
-static uint64_t wait_for_turn(struct paced *paced, int stop_fd, struct loop_result *result)
+/* Who sleeps between any two pieces has little to do and must be on time; SCHED_BATCH beside busy threads is milliseconds late, which
+ * is a tenth of the rate. Who just sends is kept from disturbing others (schedule.h). */
+static void schedule(struct paced_link *link, bool by_turns)
+{
+    if (link->by_turns == by_turns)
+        return;
+    link->by_turns = by_turns;
+    if (by_turns)
+        schedule_soon();
+    else
+        schedule_bulk();
+    prctl(PR_SET_TIMERSLACK, by_turns ? 1ul : 0ul, 0ul, 0ul, 0ul); /* 50 us, the usual, is most of a piece's time; 0: the usual */
+}
+
+/* TCP spreads packets by a timer of its own (SO_MAX_PACING_RATE, without the fq qdisc too, 4.13), which is on time when this thread is
+ * not, and costs a tenth of its wake-ups. It would join pieces to runs of 64 KiB at this rate: MSG_EOR keeps them apart. */
+static void smooth(struct paced_link *link, struct channel *channel, uint64_t smooth_rate)
+{
+    if (link->smooth_rate == smooth_rate)
+        return;
+    link->smooth_rate = smooth_rate;
+    unsigned long most = smooth_rate == 0 ? ~0ul : (unsigned long)smooth_rate;
+    setsockopt(channel->socket, SOL_SOCKET, SO_MAX_PACING_RATE, &most, sizeof(most));
+    channel->send_flags = smooth_rate == 0 ? 0 : MSG_EOR;
+}
+
+static bool sleep_for(struct paced *paced, uint64_t wait_ns, int stop_fd, struct loop_result *result)
+{
+    uint64_t began_ns = clock_monotonic_ns();
+    struct pollfd polled = {.fd = stop_fd, .events = POLLIN};
+    struct timespec timeout = {.tv_sec = (time_t)(wait_ns / 1000000000), .tv_nsec = (long)(wait_ns % 1000000000)};
+    int ready = ppoll(&polled, 1, &timeout, NULL);
+    atomic_fetch_add_explicit(paced->waited_ns, clock_monotonic_ns() - began_ns, memory_order_relaxed);
+    if (ready > 0)
+        return result_fail(result, LOOP_STOPPED, 0, "ppoll");
+    return ready == 0 || errno == EINTR || result_fail(result, LOOP_CONNECTION_FAILED, errno, "ppoll");
+}
+
+/* Until it may go; how much of it then. 0: result says why not. */
+static uint64_t wait_for_turn(struct paced *paced, struct paced_link *link, struct channel *channel, int stop_fd, struct loop_result *result)
 {
     for (;;) {
         uint64_t now_ns = clock_monotonic_ns();
         pthread_mutex_lock(&paced->lock);
         uint64_t wait_ns = pacer_wait_ns(&paced->pacer, now_ns), piece_bytes = pacer_piece_bytes(&paced->pacer);
+        uint64_t smooth_rate = pacer_smooth_rate(&paced->pacer);
+        bool by_turns = pacer_rate(&paced->pacer) != 0;
         pthread_mutex_unlock(&paced->lock);
+        schedule(link, by_turns);
+        smooth(link, channel, smooth_rate);
         if (wait_ns == 0)
             return piece_bytes;
-        struct pollfd polled = {.fd = stop_fd, .events = POLLIN};
-        struct timespec timeout = {.tv_sec = (time_t)(wait_ns / 1000000000), .tv_nsec = (long)(wait_ns % 1000000000)};
-        int ready = ppoll(&polled, 1, &timeout, NULL);
-        atomic_fetch_add_explicit(paced->waited_ns, clock_monotonic_ns() - now_ns, memory_order_relaxed);
-        if (ready > 0)
-            return result_fail(result, LOOP_STOPPED, 0, "ppoll");
-        if (ready < 0 && errno != EINTR)
-            return result_fail(result, LOOP_CONNECTION_FAILED, errno, "ppoll");
+        if (!sleep_for(paced, wait_ns, stop_fd, result))
+            return 0;
     }
 }
 
@@ -74,7 +111,7 @@ static bool look(const struct channel *channel, struct paced_link *link, uint64_
         sample->acked_bytes = info.tcpi_bytes_acked - link->acked_bytes;
         sample->starved_ns = (info.tcpi_rwnd_limited - link->starved_us) * 1000;
     }
-    *link = (struct paced_link){true, now_ns, info.tcpi_bytes_acked, info.tcpi_rwnd_limited};
+    *link = (struct paced_link){true, link->smooth_rate, link->by_turns, now_ns, info.tcpi_bytes_acked, info.tcpi_rwnd_limited};
     return true;
 }
 
@@ -117,11 +154,9 @@ static int cut(struct iovec **pieces, int *piece_count, uint64_t part_bytes, str
 bool paced_send(struct paced *paced, struct paced_link *link, struct channel *channel, struct iovec *pieces, int piece_count,
                 int stop_fd, struct loop_result *result)
 {
-    if (!link->known)
-        prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul, 0ul); /* of this thread: 50 us, the usual slack, is most of a piece's time */
     while (piece_count > 0) {
         struct iovec parts[PARTS_MAX];
-        uint64_t sent_bytes, part_bytes = wait_for_turn(paced, stop_fd, result);
+        uint64_t sent_bytes, part_bytes = wait_for_turn(paced, link, channel, stop_fd, result);
         if (part_bytes == 0)
             return false;
         int part_count = cut(&pieces, &piece_count, part_bytes, parts, &sent_bytes);

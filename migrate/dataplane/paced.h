@@ -16,6 +16,8 @@ struct paced {
 /* What a bulk connection has told so far. */
 struct paced_link {
     bool known;
+    uint64_t smooth_rate; /* at which the socket has been told to spread what it has; 0: not at all */
+    bool by_turns; /* its thread sleeps between pieces, and is scheduled for that */
     uint64_t sampled_ns, acked_bytes, starved_us;
 };
 

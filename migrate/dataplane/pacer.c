@@ -27,7 +27,7 @@
 #define WINDOWS_OPEN 3         /* standing in a row: a hiccup of the scheduler lasts one or two */
 #define WINDOWS_HOLD 2
 #define WINDOWS_STEP 2         /* at each rate: the least delay of the first one is still the last rate's */
-#define SILENCE_NS (50 * MS)   /* without samples: a window before it says nothing */
+#define SILENCE_NS (4 * MS)    /* without samples: the sender itself was kept waiting, and such a window says nothing */
 
 #define PROBE_WINDOWS 6        /* at 9/8 of the bottleneck, before the rate goes up further: a shaper's bucket hides the first of it */
 #define PROBE_SOON_NS (25 * MS) /* less than before: true, or a hiccup? */
@@ -37,7 +37,9 @@
 #define PIECE_NS (65 * US)     /* 8 KiB at 1 Gbit/s */
 #define PIECE_LEAST_BYTES 2048u
 #define PIECE_OPEN_BYTES (256u << 10)
-#define CREDIT_NS (400 * US)   /* slept too long: so much is caught up with at once */
+#define LEAD_NS (2 * MS)       /* so far ahead of its time a piece may go to the socket: fewer wake-ups, and one may be late */
+#define CREDIT_NS MS           /* later than that: so much is caught up with */
+#define SMOOTH_MORE 9 / 8      /* the socket spreads pieces so much faster than they come: its timers are late, too */
 #define WAIT_MOST_NS (100 * MS) /* a limit may change meanwhile */
 
 static uint64_t at_rate(uint64_t bytes_per_second, uint64_t elapsed_ns)
@@ -85,6 +87,12 @@ uint64_t pacer_rate(const struct pacer *pacer)
     return pacer->limit_bytes != 0 && pacer->limit_bytes < pacer->rate_bytes ? pacer->limit_bytes : pacer->rate_bytes;
 }
 
+uint64_t pacer_smooth_rate(const struct pacer *pacer)
+{
+    bool found = pacer->capacity_bytes != 0 || pacer->mode == PACER_DRAIN;
+    return found ? pacer_rate(pacer) * SMOOTH_MORE : 0;
+}
+
 uint64_t pacer_piece_bytes(const struct pacer *pacer)
 {
     uint64_t rate_bytes = pacer_rate(pacer);
@@ -96,9 +104,9 @@ uint64_t pacer_piece_bytes(const struct pacer *pacer)
 
 uint64_t pacer_wait_ns(const struct pacer *pacer, uint64_t now_ns)
 {
-    if (pacer->next_ns <= now_ns || pacer_rate(pacer) == 0)
+    if (pacer->next_ns <= now_ns + LEAD_NS || pacer_rate(pacer) == 0)
         return 0;
-    uint64_t wait_ns = pacer->next_ns - now_ns;
+    uint64_t wait_ns = pacer->next_ns - now_ns - LEAD_NS / 2;
     return wait_ns < WAIT_MOST_NS ? wait_ns : WAIT_MOST_NS;
 }
 
@@ -140,13 +148,14 @@ static void drain(struct pacer *pacer, const struct pacer_window *window, uint64
     pacer->drain_until_ns = now_ns + 20 * MS + 4 * excess_ns + pacer->base_rtt_ns;
 }
 
-/* One that is found again where it was is tried less and less often. A hiccup makes it look slower, nothing makes it look faster. */
+/* One that is found again where it was is tried less and less often. A hiccup makes it look slower,
+ * nothing makes it look faster: so a third less at once, at most; where it is true, the queue stands again at once. */
 static void drained(struct pacer *pacer, uint64_t now_ns)
 {
     double found_bytes = (double)rate_of(pacer->queue_acked_bytes, pacer->queue_ns), known_bytes = (double)pacer->capacity_bytes;
     if (found_bytes > known_bytes * 7 / 6 || found_bytes < known_bytes * 5 / 6) {
         pacer->probe_interval_ns = found_bytes < known_bytes ? PROBE_SOON_NS : PROBE_FIRST_NS;
-        pacer->capacity_bytes = (uint64_t)found_bytes;
+        pacer->capacity_bytes = (uint64_t)(found_bytes < known_bytes * 2 / 3 ? known_bytes * 2 / 3 : found_bytes);
     } else {
         pacer->probe_interval_ns = pacer->probe_interval_ns * 2 < PROBE_MOST_NS ? pacer->probe_interval_ns * 2 : PROBE_MOST_NS;
         bool slower = found_bytes < known_bytes && pacer->probing;
@@ -218,8 +227,11 @@ static void window_end(struct pacer *pacer, uint64_t now_ns)
 void pacer_sample(struct pacer *pacer, const struct pacer_sample *sample)
 {
     struct pacer_window *window = &pacer->window;
-    if (window->samples == 0 && sample->now_ns - window->began_ns > SILENCE_NS)
+    if (pacer->mode != PACER_OPEN && sample->now_ns - pacer->sampled_ns > SILENCE_NS + pacer->base_rtt_ns) {
+        pacer->windows_standing = 0;
         window_begin(pacer, sample->now_ns);
+    }
+    pacer->sampled_ns = sample->now_ns;
     if (sample->rtt_ns < window->rtt_least_ns)
         window->rtt_least_ns = sample->rtt_ns;
     window->acked_bytes += sample->acked_bytes;

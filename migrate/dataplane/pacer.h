@@ -38,6 +38,7 @@ struct pacer {
     uint64_t next_ns;        /* the next piece may go then */
     uint64_t base_rtt_ns;    /* of the path without a queue of ours; 0: not known */
     struct pacer_window window;
+    uint64_t sampled_ns;
     uint32_t windows_standing, windows_ramped, windows_step;
     bool probing; /* the queue that is drained is a probe's */
     uint64_t queue_acked_bytes, queue_ns; /* while the queue stood: its drain is the bottleneck's rate */
@@ -54,6 +55,8 @@ void pacer_sample(struct pacer *pacer, const struct pacer_sample *sample);
 
 /* Bytes a second that bulk goes at, at most; 0: as fast as it can. */
 uint64_t pacer_rate(const struct pacer *pacer);
+/* At which each socket should spread the pieces that it has; 0: no need to. */
+uint64_t pacer_smooth_rate(const struct pacer *pacer);
 /* To be sent in one go, at most. */
 uint64_t pacer_piece_bytes(const struct pacer *pacer);
 /* How long to wait before the next piece, at least; then ask again. 0: it may go. */
