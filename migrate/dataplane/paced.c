@@ -106,7 +106,8 @@ static bool look(const struct channel *channel, struct paced_link *link, uint64_
     socklen_t info_bytes = sizeof(info);
     if (getsockopt(channel->socket, IPPROTO_TCP, TCP_INFO, &info, &info_bytes) < 0 || info_bytes < sizeof(info))
         return false;
-    *sample = (struct pacer_sample){.now_ns = now_ns, .rtt_ns = info.tcpi_rtt * UINT64_C(1000)};
+    *sample = (struct pacer_sample){.now_ns = now_ns, .rtt_ns = info.tcpi_rtt * UINT64_C(1000),
+                                    .unacked_bytes = (uint64_t)info.tcpi_unacked * info.tcpi_snd_mss};
     if (link->known) {
         sample->acked_bytes = info.tcpi_bytes_acked - link->acked_bytes;
         sample->starved_ns = (info.tcpi_rwnd_limited - link->starved_us) * 1000;

@@ -25,9 +25,11 @@
 #define WINDOW_NS MS           /* at a rate of ours; longer on longer paths */
 #define WINDOW_OPEN_NS (10 * MS)
 #define WINDOWS_OPEN 3         /* standing in a row: a hiccup of the scheduler lasts one or two */
-#define WINDOWS_HOLD 2
+#define WINDOWS_HOLD 3
 #define WINDOWS_STEP 2         /* at each rate: the least delay of the first one is still the last rate's */
 #define SILENCE_NS (4 * MS)    /* without samples: the sender itself was kept waiting, and such a window says nothing */
+
+#define DOUBT_NS (100 * MS)
 
 #define PROBE_WINDOWS 6        /* at 9/8 of the bottleneck, before the rate goes up further: a shaper's bucket hides the first of it */
 #define PROBE_SOON_NS (25 * MS) /* less than before: true, or a hiccup? */
@@ -59,7 +61,7 @@ static uint64_t larger(uint64_t a, uint64_t b)
 
 static void window_begin(struct pacer *pacer, uint64_t now_ns)
 {
-    pacer->window = (struct pacer_window){.began_ns = now_ns, .rtt_least_ns = UINT64_MAX};
+    pacer->window = (struct pacer_window){.began_ns = now_ns, .rtt_least_ns = UINT64_MAX, .unacked_least_bytes = UINT64_MAX};
 }
 
 void pacer_init(struct pacer *pacer)
@@ -126,15 +128,21 @@ static uint64_t standing_ns(const struct pacer *pacer)
     return larger(STANDING_NS, pacer->base_rtt_ns / 8);
 }
 
-static void set_rate(struct pacer *pacer, double rate_bytes)
+static bool stands(const struct pacer *pacer, const struct pacer_window *window, uint64_t elapsed_ns, uint64_t above_ns)
 {
-    pacer->rate_bytes = rate_bytes < FLOOR_BYTES ? FLOOR_BYTES : (uint64_t)rate_bytes;
+    uint64_t delay_ns = pacer->base_rtt_ns + above_ns;
+    return window->rtt_least_ns > delay_ns && window->unacked_least_bytes > at_rate(rate_of(window->acked_bytes, elapsed_ns), delay_ns);
+}
+
+static void set_rate(struct pacer *pacer, uint64_t rate_bytes)
+{
+    pacer->rate_bytes = larger(rate_bytes, FLOOR_BYTES);
 }
 
 static void hold(struct pacer *pacer, uint64_t now_ns)
 {
     pacer->mode = PACER_HOLD;
-    set_rate(pacer, (double)pacer->capacity_bytes * 0.95);
+    set_rate(pacer, pacer->capacity_bytes / 20 * 19);
     pacer->probe_at_ns = now_ns + pacer->probe_interval_ns;
 }
 
@@ -142,24 +150,35 @@ static void hold(struct pacer *pacer, uint64_t now_ns)
 static void drain(struct pacer *pacer, const struct pacer_window *window, uint64_t now_ns)
 {
     uint64_t excess_ns = window->rtt_least_ns - pacer->base_rtt_ns;
-    pacer->probing = pacer->mode == PACER_RAMP;
+    pacer->found_most_bytes = pacer->mode == PACER_OPEN ? UINT64_MAX : pacer->rate_bytes;
     pacer->mode = PACER_DRAIN;
-    set_rate(pacer, (double)rate_of(pacer->queue_acked_bytes, pacer->queue_ns) / 2);
+    set_rate(pacer, larger(rate_of(pacer->queue_acked_bytes, pacer->queue_ns) / 2, pacer->capacity_bytes / 16));
     pacer->drain_until_ns = now_ns + 20 * MS + 4 * excess_ns + pacer->base_rtt_ns;
 }
 
-/* One that is found again where it was is tried less and less often. A hiccup makes it look slower,
- * nothing makes it look faster: so a third less at once, at most; where it is true, the queue stands again at once. */
+/* Less than before: a hiccup of the scheduler looks the same, so it is believed when it comes twice, and step by step. */
+static uint64_t believed(struct pacer *pacer, uint64_t found_bytes, uint64_t now_ns)
+{
+    bool twice = now_ns - pacer->doubted_ns < DOUBT_NS;
+    pacer->doubted_ns = now_ns;
+    return twice ? larger(found_bytes, pacer->capacity_bytes * 2 / 3) : pacer->capacity_bytes;
+}
+
+/* One that is found again where it was is tried less and less often. */
 static void drained(struct pacer *pacer, uint64_t now_ns)
 {
-    double found_bytes = (double)rate_of(pacer->queue_acked_bytes, pacer->queue_ns), known_bytes = (double)pacer->capacity_bytes;
-    if (found_bytes > known_bytes * 7 / 6 || found_bytes < known_bytes * 5 / 6) {
-        pacer->probe_interval_ns = found_bytes < known_bytes ? PROBE_SOON_NS : PROBE_FIRST_NS;
-        pacer->capacity_bytes = (uint64_t)(found_bytes < known_bytes * 2 / 3 ? known_bytes * 2 / 3 : found_bytes);
+    uint64_t found_bytes = rate_of(pacer->queue_acked_bytes, pacer->queue_ns), known_bytes = pacer->capacity_bytes;
+    if (found_bytes > pacer->found_most_bytes) /* acknowledgements that were held up come in a bunch */
+        found_bytes = pacer->found_most_bytes;
+    if (known_bytes == 0 || found_bytes > known_bytes / 6 * 7) {
+        pacer->probe_interval_ns = PROBE_FIRST_NS;
+        pacer->capacity_bytes = found_bytes;
+    } else if (found_bytes < known_bytes / 6 * 5) {
+        pacer->probe_interval_ns = PROBE_SOON_NS;
+        pacer->capacity_bytes = believed(pacer, found_bytes, now_ns);
     } else {
         pacer->probe_interval_ns = pacer->probe_interval_ns * 2 < PROBE_MOST_NS ? pacer->probe_interval_ns * 2 : PROBE_MOST_NS;
-        bool slower = found_bytes < known_bytes && pacer->probing;
-        pacer->capacity_bytes = (uint64_t)(slower ? (7 * known_bytes + found_bytes) / 8 : (known_bytes + found_bytes) / 2);
+        pacer->capacity_bytes = found_bytes < known_bytes ? (7 * known_bytes + found_bytes) / 8 : (known_bytes + found_bytes) / 2;
     }
     hold(pacer, now_ns);
 }
@@ -168,7 +187,7 @@ static void ramp_window(struct pacer *pacer, bool used)
 {
     if (!used || ++pacer->windows_ramped < pacer->windows_step)
         return;
-    set_rate(pacer, pacer->capacity_bytes == 0 ? (double)pacer->rate_bytes * 2 : (double)pacer->rate_bytes * 5 / 4);
+    set_rate(pacer, pacer->capacity_bytes == 0 ? pacer->rate_bytes * 2 : pacer->rate_bytes / 4 * 5);
     pacer->windows_ramped = 0;
     pacer->windows_step = WINDOWS_STEP;
     if (pacer->rate_bytes >= CEILING_BYTES) {
@@ -179,11 +198,11 @@ static void ramp_window(struct pacer *pacer, bool used)
 
 static void drain_window(struct pacer *pacer, const struct pacer_window *window, uint64_t now_ns)
 {
-    uint64_t gone_ns = pacer->base_rtt_ns + standing_ns(pacer) / 2;
-    if (window->rtt_least_ns < gone_ns) {
+    if (!stands(pacer, window, now_ns - window->began_ns, standing_ns(pacer) / 2)) {
         drained(pacer, now_ns);
     } else if (now_ns >= pacer->drain_until_ns) { /* what stays is not ours: the path has changed, or others fill it */
         pacer->base_rtt_ns = window->rtt_least_ns;
+        pacer->capacity_bytes = 0; /* what was acknowledged meanwhile is all that is known */
         drained(pacer, now_ns);
     } else {
         pacer->queue_acked_bytes += window->acked_bytes;
@@ -202,7 +221,7 @@ static void window_end(struct pacer *pacer, uint64_t now_ns)
         drain_window(pacer, &window, now_ns);
         return;
     }
-    bool standing = window.rtt_least_ns > pacer->base_rtt_ns + standing_ns(pacer) && window.starved_ns < elapsed_ns / 4;
+    bool standing = stands(pacer, &window, elapsed_ns, standing_ns(pacer)) && window.starved_ns < elapsed_ns / 4;
     pacer->windows_standing = standing ? pacer->windows_standing + 1 : 0;
     if (!standing || pacer->windows_standing == 1)
         pacer->queue_acked_bytes = pacer->queue_ns = 0;
@@ -220,20 +239,23 @@ static void window_end(struct pacer *pacer, uint64_t now_ns)
         pacer->mode = PACER_RAMP;
         pacer->windows_ramped = 0;
         pacer->windows_step = PROBE_WINDOWS;
-        set_rate(pacer, (double)pacer->capacity_bytes * 9 / 8);
+        set_rate(pacer, pacer->capacity_bytes / 8 * 9);
     }
 }
 
 void pacer_sample(struct pacer *pacer, const struct pacer_sample *sample)
 {
     struct pacer_window *window = &pacer->window;
-    if (pacer->mode != PACER_OPEN && sample->now_ns - pacer->sampled_ns > SILENCE_NS + pacer->base_rtt_ns) {
+    uint64_t piece_ns = UINT64_C(1000) * PIECE_LEAST_BYTES * 1000000 / pacer->rate_bytes;
+    if (pacer->mode != PACER_OPEN && sample->now_ns - pacer->sampled_ns > SILENCE_NS + 4 * piece_ns + pacer->base_rtt_ns) {
         pacer->windows_standing = 0;
         window_begin(pacer, sample->now_ns);
     }
     pacer->sampled_ns = sample->now_ns;
     if (sample->rtt_ns < window->rtt_least_ns)
         window->rtt_least_ns = sample->rtt_ns;
+    if (sample->unacked_bytes < window->unacked_least_bytes)
+        window->unacked_least_bytes = sample->unacked_bytes;
     window->acked_bytes += sample->acked_bytes;
     window->starved_ns += sample->starved_ns;
     window->samples++;

@@ -18,14 +18,16 @@ enum pacer_mode {
 struct pacer_sample {
     uint64_t now_ns;
     uint64_t rtt_ns;      /* smoothed, as TCP has it */
+    uint64_t unacked_bytes; /* on their way at this moment */
     uint64_t acked_bytes;
     uint64_t starved_ns;  /* the receiver had no room: it is what limits, not the path */
 };
 
-/* Samples are judged by windows. What stands in a queue is the least delay of a window: single ones are noise. */
+/* Samples are judged by windows. What stands in a queue is the least delay of a window: single ones are noise. Of both: the round trip, which
+ * TCP smooths over the last eight, tells of a hiccup long after it, what is on its way does not; but that is bytes. */
 struct pacer_window {
     uint64_t began_ns;
-    uint64_t rtt_least_ns;
+    uint64_t rtt_least_ns, unacked_least_bytes;
     uint64_t acked_bytes, starved_ns, sent_bytes;
     uint32_t samples;
 };
@@ -40,9 +42,10 @@ struct pacer {
     struct pacer_window window;
     uint64_t sampled_ns;
     uint32_t windows_standing, windows_ramped, windows_step;
-    bool probing; /* the queue that is drained is a probe's */
+    uint64_t found_most_bytes;            /* a second: what was sent when the queue came; it is no faster than that */
     uint64_t queue_acked_bytes, queue_ns; /* while the queue stood: its drain is the bottleneck's rate */
     uint64_t drain_until_ns;
+    uint64_t doubted_ns; /* when the bottleneck was last found slower than it was known */
     uint64_t probe_at_ns, probe_interval_ns;
 };
 

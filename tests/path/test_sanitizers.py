@@ -18,7 +18,7 @@ BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
 OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
 RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
-MAINS = ("dataplane-main", "precopy-main", "discard-main", "workload-main")
+MAINS = ("dataplane-main", "precopy-main", "discard-main", "pacer-main", "workload-main")
 STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 BUILDS = [
@@ -95,6 +95,13 @@ def test_precopy_on_hugetlbfs(programs: Path) -> None:
 def test_discards(programs: Path) -> None:
     """Of a guest at the destination, by events and by messages, just ahead of what comes by bulk and in what is held."""
     assert run_main(programs / "discard-main", "0", "6") == ["discards: held"]
+
+
+@pytest.mark.timeout(180)
+def test_pacer(programs: Path) -> None:
+    """Its controller on a simulated link, and what waits for it on several threads."""
+    scenarios = ["finds", "follows", "hiccups", "open-path", "longer-path", "limited", "threads", "blind"]
+    assert run_main(programs / "pacer-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 
 @pytest.mark.timeout(180)
