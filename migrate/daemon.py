@@ -133,7 +133,15 @@ class Daemon:
 
     # --- migrations -------------------------------------------------------------------------------------------------
 
-    def migrate(self, guest_id: str, address: Address, *, bulk: bool = True, precopy: PrecopyPolicy = AUTO) -> SourceMigration:
+    def migrate(
+        self,
+        guest_id: str,
+        address: Address,
+        *,
+        bulk: bool = True,
+        precopy: PrecopyPolicy = AUTO,
+        bulk_limit_bytes_per_second: int | None = None,
+    ) -> SourceMigration:
         """Start moving a guest away. Raises NotFoundError, GuestBusyError, ListenRefusedError."""
         guest = self.guests.get(guest_id)
         if guest is None:
@@ -152,6 +160,7 @@ class Daemon:
             precopy=precopy,
             congestion_control=self._congestion_control,
             poll_ns=self._poll_ns,
+            bulk_limit_bytes_per_second=bulk_limit_bytes_per_second,
         )
         self._start(migration)
         return migration

@@ -19,6 +19,7 @@ from migrate.errors import (
     AbortedError,
     GuestGoneError,
     NotCancellableError,
+    NotLimitableError,
     PauseFailedError,
     PeerRefusedError,
     PostcopyError,
@@ -78,11 +79,12 @@ class SourceMigration(Migration):
         precopy: PrecopyPolicy = AUTO,
         congestion_control: str | None = None,
         poll_ns: int = 0,
+        bulk_limit_bytes_per_second: int | None = None,
     ) -> None:
         super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
         self.guest = guest
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
-        self.bulk = bulk
+        self.bulk, self.bulk_limit_bytes_per_second = bulk, bulk_limit_bytes_per_second
         self.precopy = precopy
         self._rounds = Rounds(self, guest, precopy)
         self._stale_window_ns: int | None = None
@@ -123,6 +125,7 @@ class SourceMigration(Migration):
         self.advance(Event.CONNECT)
         self._plane = SourcePlane(self.guest.regions)
         self._plane.poll(self._poll_ns)
+        self._plane.limit(self.bulk_limit_bytes_per_second)
         self.pages_total = self._plane.figures()["pages_total"]
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
@@ -275,6 +278,13 @@ class SourceMigration(Migration):
         self._cancel_reason = reason
         self.task.cancel()
 
+    def limit_bulk(self, bytes_per_second: int | None) -> None:
+        if self.settled:
+            raise NotLimitableError(f"migration {self.id}", expected="one under way", got=str(self.state))
+        self.bulk_limit_bytes_per_second = bytes_per_second
+        if self._plane is not None:
+            self._plane.limit(bytes_per_second)
+
     def loop_ended(self, result: LoopResult) -> None:
         if result.reason in ("stopped", "finished") or self._control is None:
             return
@@ -357,6 +367,9 @@ class SourceMigration(Migration):
 
     def figures(self) -> dict[str, int]:
         return self._plane.figures() if self._plane is not None else self._figures
+
+    def bulk_pace(self) -> int | None:
+        return None if self._plane is None else self._plane.pace()
 
     def pages_done(self) -> int:
         figures = self.figures()

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from migrate.guest_link import GuestState
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX, PrecopyPolicy
-from migrate.session import MigrationStatus
+from migrate.session import BULK_LIMIT_MAX, MigrationStatus
 from proto.messages import FaultKind, Name
 from proto.states import Role, State
 
@@ -40,6 +40,20 @@ class GuestInfo(BaseModel):
     migration_id: Annotated[str | None, Field(description="Of the migration that has not ended and that it is part of.")]
 
 
+BulkLimit = Annotated[
+    int | None,
+    Field(ge=1, le=BULK_LIMIT_MAX, description="Of bulk and precopy together; none: as fast as the path lets them."),
+]
+
+
+class LimitRequest(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"bulk_limit_bytes_per_second": 50000000}]}
+    )
+
+    bulk_limit_bytes_per_second: BulkLimit
+
+
 class MigrateRequest(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [{"guest_id": "web", "destination": "127.0.0.1:7641"}]}
@@ -68,6 +82,8 @@ class MigrateRequest(BaseModel):
         float | None,
         Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy: after so long no further round begins."),
     ] = None
+
+    bulk_limit_bytes_per_second: BulkLimit = None
 
     def policy(self) -> PrecopyPolicy:
         rounds = {"auto": None, "off": 0}[self.precopy] if isinstance(self.precopy, str) else self.precopy

@@ -18,6 +18,7 @@ STATUS_OF: dict[str, int] = {
     "not-found": 404,
     "guest-busy": 409,
     "not-cancellable": 409,
+    "not-limitable": 409,
     "listen-refused": 403,
     "daemon-ending": 503,
 }

@@ -263,6 +263,14 @@ class SourcePlane(_Plane):
         """Before the loops begin: how long the serve loop looks for requests before it sleeps, at most."""
         lib.source_poll(self._pointer, poll_ns)
 
+    def limit(self, bytes_per_second: int | None) -> None:
+        """At any time: bulk and precopy together go no faster; None: as the controller finds alone (dataplane/pacer.h)."""
+        lib.source_limit(self._pointer, bytes_per_second or 0)
+
+    def pace(self) -> int | None:
+        """Bytes a second at which bulk and precopy go now, at most; None: as fast as they can."""
+        return int(lib.source_pace(self._pointer)) or None
+
     def track(self, pagemap_fd: int) -> None:
         """Precopy is next: what the guest writes is seen through its pagemap, borrowed until ``close``."""
         if error_number := lib.source_track(self._pointer, pagemap_fd):
