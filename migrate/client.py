@@ -55,7 +55,8 @@ class DaemonClient:
         return [MigrationStatus.model_validate(item) for item in self._call("GET", "/v1/migrations")]
 
     def migrate(self, guest_id: str, destination: str, *, bulk: bool = True, **options: str | float | None) -> MigrationStatus:
-        """``options``: precopy, max_rounds, max_stale_bytes, deadline_seconds, bulk_limit_bytes_per_second as the API has them."""
+        """``options``: precopy, max_rounds, max_stale_bytes, deadline_seconds,
+        bulk_limit_bytes_per_second as the API has them."""
         body = {"guest_id": guest_id, "destination": destination, "bulk": bulk, **options}
         return MigrationStatus.model_validate(self._call("POST", "/v1/migrations", body))
 
