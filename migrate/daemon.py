@@ -62,6 +62,7 @@ class Daemon:
         insecure: bool,
         congestion_control: str | None = None,
         poll_ns: int = 0,
+        pacing: bool = True,
         socket_group: str | None = None,
     ) -> None:
         self.role = role
@@ -80,6 +81,7 @@ class Daemon:
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
         self._listen_at, self._metrics_at = listen_at, metrics_at
         self._congestion_control, self._socket_group, self._poll_ns = congestion_control, socket_group, poll_ns
+        self._pacing = pacing
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._half_open = 0
@@ -160,6 +162,7 @@ class Daemon:
             precopy=precopy,
             congestion_control=self._congestion_control,
             poll_ns=self._poll_ns,
+            pacing=self._pacing,
             bulk_limit_bytes_per_second=bulk_limit_bytes_per_second,
         )
         self._start(migration)

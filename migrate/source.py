@@ -79,6 +79,7 @@ class SourceMigration(Migration):
         precopy: PrecopyPolicy = AUTO,
         congestion_control: str | None = None,
         poll_ns: int = 0,
+        pacing: bool = True,
         bulk_limit_bytes_per_second: int | None = None,
     ) -> None:
         super().__init__(os.urandom(16), guest.guest_id, str(address), on_end)
@@ -89,6 +90,7 @@ class SourceMigration(Migration):
         self._rounds = Rounds(self, guest, precopy)
         self._stale_window_ns: int | None = None
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
+        self._pacing = pacing
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
@@ -125,6 +127,8 @@ class SourceMigration(Migration):
         self.advance(Event.CONNECT)
         self._plane = SourcePlane(self.guest.regions)
         self._plane.poll(self._poll_ns)
+        if not self._pacing:
+            self._plane.unpaced()
         self._plane.limit(self.bulk_limit_bytes_per_second)
         self.pages_total = self._plane.figures()["pages_total"]
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)

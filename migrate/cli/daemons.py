@@ -32,6 +32,9 @@ PollOption = Annotated[
         "--poll", min=0, max=10_000, help="Microseconds, at most, that fault and serve threads look for work before they sleep."
     ),
 ]
+PacingOption = Annotated[
+    bool, typer.Option(help="--no-pacing: bulk goes as fast as it can, and pages that guests wait for queue behind it.")
+]
 
 
 def register(app: typer.Typer, _: typer.Typer) -> None:
@@ -45,10 +48,11 @@ def source(
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
     poll: PollOption = POLL_MICROSECONDS,
+    pacing: PacingOption = True,
     socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a source daemon: guests attach to it and are moved away from it."""
-    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, socket_group)
+    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, pacing, socket_group)
 
 
 def destination(
@@ -58,10 +62,11 @@ def destination(
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
     poll: PollOption = POLL_MICROSECONDS,
+    pacing: PacingOption = True,
     socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
-    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, socket_group)
+    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, pacing, socket_group)
 
 
 def _run(
@@ -72,6 +77,7 @@ def _run(
     insecure: bool,
     congestion_control: str | None,
     poll_microseconds: int,
+    pacing: bool,
     socket_group: str | None,
 ) -> None:
     import uvloop
@@ -88,6 +94,7 @@ def _run(
             insecure=insecure,
             congestion_control=congestion_control,
             poll_ns=poll_microseconds * 1000,
+            pacing=pacing,
             socket_group=socket_group,
         )
         await daemon.serve()

@@ -263,6 +263,10 @@ class SourcePlane(_Plane):
         """Before the loops begin: how long the serve loop looks for requests before it sleeps, at most."""
         lib.source_poll(self._pointer, poll_ns)
 
+    def unpaced(self) -> None:
+        """Before the loops begin: bulk goes as fast as it can, whoever else is on the path."""
+        lib.source_unpaced(self._pointer)
+
     def limit(self, bytes_per_second: int | None) -> None:
         """At any time: bulk and precopy together go no faster; None: as the controller finds alone (dataplane/pacer.h)."""
         lib.source_limit(self._pointer, bytes_per_second or 0)

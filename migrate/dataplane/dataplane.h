@@ -164,6 +164,8 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
 void source_destroy(struct source *source);
 /* The same for the serve loop. */
 void source_poll(struct source *source, uint64_t poll_ns);
+/* Before the loops begin: no controller, bulk goes as fast as it can; only a limit holds. */
+void source_unpaced(struct source *source);
 /* At any time: bulk and precopy together go at most at so many bytes a second; 0, the default: at what the controller finds alone
  * (pacer.h). Answers and readahead are never kept waiting. */
 void source_limit(struct source *source, uint64_t bytes_per_second);

@@ -19,7 +19,14 @@ void paced_init(struct paced *paced, _Atomic uint64_t *waited_ns)
 {
     pthread_mutex_init(&paced->lock, NULL);
     pacer_init(&paced->pacer);
+    paced->never = false;
     paced->waited_ns = waited_ns;
+}
+
+void paced_never(struct paced *paced)
+{
+    paced->never = true;
+    pacer_blind(&paced->pacer);
 }
 
 void paced_deinit(struct paced *paced)
@@ -120,7 +127,7 @@ static void note_sent(struct paced *paced, struct paced_link *link, const struct
 {
     uint64_t now_ns = clock_monotonic_ns();
     struct pacer_sample sample;
-    bool due = now_ns - link->sampled_ns >= SAMPLE_NS;
+    bool due = !paced->never && now_ns - link->sampled_ns >= SAMPLE_NS;
     bool seen = due && look(channel, link, now_ns, &sample);
     link->sampled_ns = due ? now_ns : link->sampled_ns;
     pthread_mutex_lock(&paced->lock);

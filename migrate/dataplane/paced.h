@@ -10,6 +10,7 @@
 struct paced {
     pthread_mutex_t lock; /* of bulk threads alone: nothing urgent takes it */
     struct pacer pacer;
+    bool never; /* only the limit holds */
     _Atomic uint64_t *waited_ns; /* how long bulk was kept waiting, of all its threads */
 };
 
@@ -23,6 +24,8 @@ struct paced_link {
 
 void paced_init(struct paced *paced, _Atomic uint64_t *waited_ns);
 void paced_deinit(struct paced *paced);
+/* Before anything is sent: no controller. */
+void paced_never(struct paced *paced);
 /* At any time, from any thread. 0: none. */
 void paced_limit(struct paced *paced, uint64_t bytes_per_second);
 /* Bytes a second; 0: as fast as it can. */

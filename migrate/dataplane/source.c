@@ -56,6 +56,11 @@ void source_poll(struct source *source, uint64_t poll_ns)
     source->poll_ns = poll_ns;
 }
 
+void source_unpaced(struct source *source)
+{
+    paced_never(&source->paced);
+}
+
 void source_limit(struct source *source, uint64_t bytes_per_second)
 {
     paced_limit(&source->paced, bytes_per_second);

@@ -20,9 +20,9 @@ from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
-SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking"]
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "shaped"]
 VALUE = {"stream", "cpu", "sequential"}
-BARE = {"random", "tracking"}
+BARE = {"random", "tracking", "shaped"}
 """Figures of the product alone."""
 
 
