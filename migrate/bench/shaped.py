@@ -97,7 +97,7 @@ def measure(link: ShapedLink, control: str, rounds: int, size_bytes: int, idle_b
 
 def shaped(tiny: bool) -> Result:
     """Raises HostLacksError: it makes network namespaces."""
-    rounds, size_bytes, idle_bytes, seconds = (1, 16 * MIB, 1 * MIB, 0.2) if tiny else (3, 384 * MIB, 4 * MIB, 1.5)
+    rounds, size_bytes, idle_bytes, seconds = (1, 16 * MIB, 1 * MIB, 0.2) if tiny else (3, 256 * MIB, 4 * MIB, 1.2)
     result = Result("shaped", "", {}, {})
     controls = available()[:1] if tiny else available()
     if not controls:
