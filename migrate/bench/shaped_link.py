@@ -1,12 +1,10 @@
 """Two network namespaces with one shaped link between them, for as long as a block lasts; and a plain TCP transfer over it.
 
-Needs root, ip and tc. The namespaces' names are this process's; they are taken away also when the block fails, and a process in
-one of them keeps only itself alive.
+Needs root, ip, tc, nsenter and unshare. The namespaces have no name: each belongs to a process that waits for the end of its
+input, so they go also when this one is killed, as soon as nothing runs in them.
 """
 
-import contextlib
 import os
-import shutil
 import subprocess
 import sys
 from types import TracebackType
@@ -21,6 +19,7 @@ ADDRESSES = ("10.241.0.1", "10.241.0.2")
 DEVICE = "shaped0"
 BURST, LATENCY = "64kb", "20ms"
 COMMAND_SECONDS = 20.0
+REMEDY = "run as root with CAP_NET_ADMIN and CAP_SYS_ADMIN, on a kernel with veth and sch_tbf"
 
 
 def _run(*command: str) -> str:
@@ -29,10 +28,10 @@ def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False)
     except OSError as error:
-        raise HostLacksError("shaped link", str(error), "install iproute2") from error
+        raise HostLacksError("shaped link", str(error), "install iproute2 and util-linux") from error
     if done.returncode != 0:
         why = f"{' '.join(command)}: {done.stderr.strip()}"
-        raise HostLacksError("shaped link", why, "run as root with CAP_NET_ADMIN, on a kernel with veth and sch_tbf")
+        raise HostLacksError("shaped link", why, REMEDY)
     return done.stdout
 
 
@@ -41,45 +40,53 @@ class ShapedLink:
 
     def __init__(self, bytes_per_second: int) -> None:
         self._bytes_per_second = bytes_per_second
-        self.namespaces = tuple(f"postcopy-{os.getpid()}-{end}" for end in "ab")
+        self._holders: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Self:
         if os.geteuid() != 0:
             raise HostLacksError("shaped link", f"this is uid {os.geteuid()}", "run as root: it makes network namespaces")
         try:
-            for namespace in self.namespaces:
-                _run("ip", "netns", "add", namespace)
-            here, there = self.namespaces
-            _run("ip", "-n", here, "link", "add", "name", DEVICE, "type", "veth", "peer", "name", DEVICE, "netns", there)
-            for namespace, address in zip(self.namespaces, ADDRESSES, strict=True):
-                _run("ip", "-n", namespace, "address", "add", f"{address}/30", "dev", DEVICE)
+            for _ in ADDRESSES:
+                self._hold()
+            there = str(self._holders[1].pid)
+            _run(*self.inside(0), "ip", "link", "add", "name", DEVICE, "type", "veth", "peer", "name", DEVICE, "netns", there)
+            for end, address in enumerate(ADDRESSES):
+                _run(*self.inside(end), "ip", "address", "add", f"{address}/30", "dev", DEVICE)
                 for device in ("lo", DEVICE):
-                    _run("ip", "-n", namespace, "link", "set", device, "up")
-                self._shape(namespace, "add", self._bytes_per_second)
+                    _run(*self.inside(end), "ip", "link", "set", device, "up")
+                self._shape(end, "add", self._bytes_per_second)
         except BaseException:
             self.__exit__(None, None, None)
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for namespace in self.namespaces:
-            with contextlib.suppress(HostLacksError):  # it was never made
-                _run("ip", "netns", "delete", namespace)
+        for holder in self._holders:
+            holder.communicate(timeout=COMMAND_SECONDS)
+        self._holders.clear()
 
-    def _shape(self, namespace: str, verb: str, bytes_per_second: int) -> None:
+    def _hold(self) -> None:
+        """One namespace more."""
+        command = ["unshare", "--net", "sh", "-c", "echo held; read -r _"]
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._holders.append(holder)
+        assert holder.stdout is not None
+        if holder.stdout.readline() != "held\n":
+            raise HostLacksError("shaped link", holder.communicate(timeout=COMMAND_SECONDS)[1].strip(), REMEDY)
+
+    def _shape(self, end: int, verb: str, bytes_per_second: int) -> None:
         rate = f"{bytes_per_second * 8}bit"
         shaper = ("tbf", "rate", rate, "burst", BURST, "latency", LATENCY)
-        _run("tc", "-n", namespace, "qdisc", verb, "dev", DEVICE, "root", *shaper)
+        _run(*self.inside(end), "tc", "qdisc", verb, "dev", DEVICE, "root", *shaper)
 
     def reshape(self, bytes_per_second: int) -> None:
         """From now on; what is in flight stays in flight."""
-        for namespace in self.namespaces:
-            self._shape(namespace, "change", bytes_per_second)
+        for end in range(len(ADDRESSES)):
+            self._shape(end, "change", bytes_per_second)
 
     def inside(self, end: int) -> tuple[str, ...]:
         """What goes in front of a command that is to run at that end of the link."""
-        ip = shutil.which("ip", path=ADMINISTRATOR_PATH) or "ip"
-        return (ip, "netns", "exec", self.namespaces[end])
+        return ("nsenter", f"--net=/proc/{self._holders[end].pid}/ns/net")
 
     def transfer(self, congestion_control: str, seconds: float) -> float:
         """Bytes a second of one plain TCP connection from end 0 to end 1, as they arrive."""
