@@ -23,16 +23,17 @@
 #define STANDING_NS (200 * US) /* above the path's own round trip: more than scheduling noise below full rate */
 #define SAMPLES_MIN 3
 #define WINDOW_NS MS           /* at a rate of ours; longer on longer paths */
-#define WINDOW_OPEN_NS (10 * MS)
-#define WINDOWS_OPEN 3         /* standing in a row: a hiccup of the scheduler lasts one or two */
+#define WINDOW_OPEN_NS (25 * MS)
+#define WINDOWS_OPEN 8         /* standing in a row, at one rate: what was that fast once is no slow link by a hiccup or two */
 #define WINDOWS_HOLD 3
+#define WINDOWS_RAMP 1
 #define WINDOWS_STEP 2         /* at each rate: the least delay of the first one is still the last rate's */
 #define SILENCE_NS (4 * MS)    /* without samples: the sender itself was kept waiting, and such a window says nothing */
 
 #define DOUBT_NS (100 * MS)
 
 #define PROBE_WINDOWS 6        /* at 9/8 of the bottleneck, before the rate goes up further: a shaper's bucket hides the first of it */
-#define PROBE_SOON_NS (25 * MS) /* less than before: true, or a hiccup? */
+#define PROBE_SOON_NS (25 * MS) /* for the first time, or less than before: true, or a hiccup? */
 #define PROBE_FIRST_NS (100 * MS)
 #define PROBE_MOST_NS SECOND
 
@@ -171,7 +172,7 @@ static void drained(struct pacer *pacer, uint64_t now_ns)
     if (found_bytes > pacer->found_most_bytes) /* acknowledgements that were held up come in a bunch */
         found_bytes = pacer->found_most_bytes;
     if (known_bytes == 0 || found_bytes > known_bytes / 6 * 7) {
-        pacer->probe_interval_ns = PROBE_FIRST_NS;
+        pacer->probe_interval_ns = known_bytes == 0 ? PROBE_SOON_NS : PROBE_FIRST_NS;
         pacer->capacity_bytes = found_bytes;
     } else if (found_bytes < known_bytes / 6 * 5) {
         pacer->probe_interval_ns = PROBE_SOON_NS;
@@ -187,13 +188,14 @@ static void ramp_window(struct pacer *pacer, bool used)
 {
     if (!used || ++pacer->windows_ramped < pacer->windows_step)
         return;
-    set_rate(pacer, pacer->capacity_bytes == 0 ? pacer->rate_bytes * 2 : pacer->rate_bytes / 4 * 5);
-    pacer->windows_ramped = 0;
-    pacer->windows_step = WINDOWS_STEP;
     if (pacer->rate_bytes >= CEILING_BYTES) {
         pacer->mode = PACER_OPEN;
         pacer->capacity_bytes = 0;
+        return;
     }
+    set_rate(pacer, pacer->capacity_bytes == 0 ? pacer->rate_bytes * 2 : pacer->rate_bytes / 4 * 5);
+    pacer->windows_ramped = 0;
+    pacer->windows_step = WINDOWS_STEP;
 }
 
 static void drain_window(struct pacer *pacer, const struct pacer_window *window, uint64_t now_ns)
@@ -208,6 +210,18 @@ static void drain_window(struct pacer *pacer, const struct pacer_window *window,
         pacer->queue_acked_bytes += window->acked_bytes;
         pacer->queue_ns += now_ns - window->began_ns;
     }
+}
+
+/* A link's rate is the same in each window; that of CPUs which others want too differs by half and more. */
+static void note_steady(struct pacer *pacer, uint64_t rate_bytes)
+{
+    if (pacer->windows_standing == 1)
+        pacer->steady_least_bytes = pacer->steady_most_bytes = rate_bytes;
+    if (rate_bytes < pacer->steady_least_bytes)
+        pacer->steady_least_bytes = rate_bytes;
+    pacer->steady_most_bytes = larger(pacer->steady_most_bytes, rate_bytes);
+    if (pacer->steady_most_bytes > pacer->steady_least_bytes / 3 * 4 || pacer->steady_most_bytes > CEILING_BYTES)
+        pacer->windows_standing = 0;
 }
 
 static void window_end(struct pacer *pacer, uint64_t now_ns)
@@ -229,9 +243,10 @@ static void window_end(struct pacer *pacer, uint64_t now_ns)
     pacer->queue_ns += elapsed_ns;
     bool used = window.sent_bytes >= at_rate(pacer_rate(pacer), elapsed_ns) / 4 * 3;
     if (standing) {
-        uint64_t found_bytes = rate_of(pacer->queue_acked_bytes, pacer->queue_ns);
-        uint32_t windows = pacer->mode == PACER_OPEN ? WINDOWS_OPEN : pacer->mode == PACER_HOLD ? WINDOWS_HOLD : 1;
-        if (pacer->windows_standing >= windows && found_bytes < CEILING_BYTES)
+        if (pacer->mode == PACER_OPEN)
+            note_steady(pacer, rate_of(window.acked_bytes, elapsed_ns));
+        uint32_t windows = pacer->mode == PACER_OPEN ? WINDOWS_OPEN : pacer->mode == PACER_HOLD ? WINDOWS_HOLD : WINDOWS_RAMP;
+        if (pacer->windows_standing >= windows)
             drain(pacer, &window, now_ns);
     } else if (pacer->mode == PACER_RAMP) {
         ramp_window(pacer, used);

@@ -42,6 +42,7 @@ struct pacer {
     struct pacer_window window;
     uint64_t sampled_ns;
     uint32_t windows_standing, windows_ramped, windows_step;
+    uint64_t steady_least_bytes, steady_most_bytes; /* a second, of the windows that stood in a row; PACER_OPEN */
     uint64_t found_most_bytes;            /* a second: what was sent when the queue came; it is no faster than that */
     uint64_t queue_acked_bytes, queue_ns; /* while the queue stood: its drain is the bottleneck's rate */
     uint64_t drain_until_ns;
