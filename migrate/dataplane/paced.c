@@ -15,11 +15,18 @@
 #define SAMPLE_NS UINT64_C(250000)
 #define PARTS_MAX 2
 
+/* With the lock held, whenever the pacer may have changed its mind. */
+static void publish(struct paced *paced)
+{
+    atomic_store_explicit(&paced->rate_bytes, pacer_rate(&paced->pacer), memory_order_relaxed);
+}
+
 void paced_init(struct paced *paced, _Atomic uint64_t *waited_ns)
 {
+    memset(paced, 0, sizeof(*paced));
     pthread_mutex_init(&paced->lock, NULL);
     pacer_init(&paced->pacer);
-    paced->never = false;
+    publish(paced);
     paced->waited_ns = waited_ns;
 }
 
@@ -27,6 +34,7 @@ void paced_never(struct paced *paced)
 {
     paced->never = true;
     pacer_blind(&paced->pacer);
+    publish(paced);
 }
 
 void paced_deinit(struct paced *paced)
@@ -38,15 +46,13 @@ void paced_limit(struct paced *paced, uint64_t bytes_per_second)
 {
     pthread_mutex_lock(&paced->lock);
     pacer_limit(&paced->pacer, bytes_per_second, clock_monotonic_ns());
+    publish(paced);
     pthread_mutex_unlock(&paced->lock);
 }
 
-uint64_t paced_rate(struct paced *paced)
+uint64_t paced_rate(const struct paced *paced)
 {
-    pthread_mutex_lock(&paced->lock);
-    uint64_t rate_bytes = pacer_rate(&paced->pacer);
-    pthread_mutex_unlock(&paced->lock);
-    return rate_bytes;
+    return atomic_load_explicit(&paced->rate_bytes, memory_order_relaxed);
 }
 
 /* Who sleeps between any two pieces has little to do and must be on time; SCHED_BATCH beside busy threads is milliseconds late, which
@@ -119,7 +125,9 @@ static bool look(const struct channel *channel, struct paced_link *link, uint64_
         sample->acked_bytes = info.tcpi_bytes_acked - link->acked_bytes;
         sample->starved_ns = (info.tcpi_rwnd_limited - link->starved_us) * 1000;
     }
-    *link = (struct paced_link){true, link->smooth_rate, link->by_turns, now_ns, info.tcpi_bytes_acked, info.tcpi_rwnd_limited};
+    link->known = true;
+    link->acked_bytes = info.tcpi_bytes_acked;
+    link->starved_us = info.tcpi_rwnd_limited;
     return true;
 }
 
@@ -132,11 +140,25 @@ static void note_sent(struct paced *paced, struct paced_link *link, const struct
     link->sampled_ns = due ? now_ns : link->sampled_ns;
     pthread_mutex_lock(&paced->lock);
     pacer_sent(&paced->pacer, now_ns, sent_bytes);
-    if (seen)
+    if (seen) {
+        paced->unacked_bytes += sample.unacked_bytes - link->unacked_bytes;
+        link->unacked_bytes = sample.unacked_bytes;
+        sample.unacked_bytes = paced->unacked_bytes;
         pacer_sample(&paced->pacer, &sample);
-    else if (due)
+    } else if (due) {
         pacer_blind(&paced->pacer);
+    }
+    publish(paced);
     pthread_mutex_unlock(&paced->lock);
+}
+
+void paced_leave(struct paced *paced, struct paced_link *link, struct channel *channel)
+{
+    pthread_mutex_lock(&paced->lock);
+    paced->unacked_bytes -= link->unacked_bytes;
+    pthread_mutex_unlock(&paced->lock);
+    link->unacked_bytes = 0;
+    smooth(link, channel, 0);
 }
 
 /* The next part_bytes of the pieces, or what is left of them. */

@@ -241,7 +241,7 @@ static void window_end(struct pacer *pacer, uint64_t now_ns)
         pacer->queue_acked_bytes = pacer->queue_ns = 0;
     pacer->queue_acked_bytes += window.acked_bytes;
     pacer->queue_ns += elapsed_ns;
-    bool used = window.sent_bytes >= at_rate(pacer_rate(pacer), elapsed_ns) / 4 * 3;
+    bool used = window.sent_bytes >= at_rate(pacer->rate_bytes, elapsed_ns) / 4 * 3; /* not below a lower limit */
     if (standing) {
         if (pacer->mode == PACER_OPEN)
             note_steady(pacer, rate_of(window.acked_bytes, elapsed_ns));

@@ -18,7 +18,7 @@ enum pacer_mode {
 struct pacer_sample {
     uint64_t now_ns;
     uint64_t rtt_ns;      /* smoothed, as TCP has it */
-    uint64_t unacked_bytes; /* on their way at this moment */
+    uint64_t unacked_bytes; /* on their way at this moment, over all connections */
     uint64_t acked_bytes;
     uint64_t starved_ns;  /* the receiver had no room: it is what limits, not the path */
 };

@@ -17,6 +17,7 @@ int run_sender_init(struct run_sender *sender, struct source *source, int socket
 
 void run_sender_deinit(struct run_sender *sender)
 {
+    paced_leave(&sender->source->paced, &sender->link, &sender->channel);
     free(sender->buffer);
 }
 

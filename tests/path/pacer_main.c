@@ -279,6 +279,7 @@ static void *run_sender(void *of)
         bytes[i] = (unsigned char)(i * 2654435761u >> 24);
     struct iovec pieces[2] = {{header, sizeof(header)}, {bytes, SENT_BYTES}};
     sender->sent = paced_send(sender->paced, &link, &channel, pieces, 2, sender->stop_fd, &sender->result);
+    paced_leave(sender->paced, &link, &channel);
     free(bytes);
     shutdown(sender->socket, SHUT_WR);
     return NULL;
@@ -323,7 +324,7 @@ static void threads(void)
             close(there[i]);
         }
     }
-    CHECK(waited_ns > 0);
+    CHECK(waited_ns > 0 && paced.unacked_bytes == 0);
     CHECK(paced_rate(&paced) == 1);
     paced_deinit(&paced);
     close(stop_fd);
