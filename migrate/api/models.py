@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from migrate.guest_link import GuestState
@@ -21,6 +21,14 @@ def _address(text: str) -> str:
     if re.fullmatch(ADDRESS_PATTERN, text) is None:
         raise PydanticCustomError("address", "Input should be HOST:PORT or [IPv6]:PORT")
     return text
+
+
+def _whole(value: object) -> object:
+    """90.0 is an integer of JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 
 
 class RegionInfo(BaseModel):
@@ -43,6 +51,7 @@ class GuestInfo(BaseModel):
 BulkLimit = Annotated[
     int | None,
     Field(ge=1, le=BULK_LIMIT_MAX, description="Of bulk and precopy together; none: as fast as the path lets them."),
+    WHOLE,
 ]
 
 
@@ -71,12 +80,14 @@ class MigrateRequest(BaseModel):
     ]
     bulk: Annotated[bool, Field(description="False: pages cross only when the guest touches them.")] = True
     precopy: Annotated[
-        Literal["auto", "off"] | Annotated[int, Field(ge=1, le=ROUNDS_MAX)],
+        Literal["auto", "off"] | Annotated[int, Field(ge=1, le=ROUNDS_MAX), WHOLE],
         Field(description="Rounds while the guest still runs here: as long as they shrink what is stale, none, or so many."),
     ] = "auto"
-    max_rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX, description="Of `auto`.")] = AUTO.rounds_max
+    max_rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX, description="Of `auto`."), WHOLE] = AUTO.rounds_max
     max_stale_bytes: Annotated[
-        int, Field(ge=0, le=1 << 50, description="Of `auto`: written since they were sent, few enough to switch over.")
+        int,
+        Field(ge=0, le=1 << 50, description="Of `auto`: written since they were sent, few enough to switch over."),
+        WHOLE,
     ] = AUTO.stale_bytes_max
     deadline_seconds: Annotated[
         float | None,

@@ -107,7 +107,7 @@ def use_what_there_is(case: schemathesis.Case) -> None:
     if "guest_id" in parameters and choice(parameters) & 1:
         parameters["guest_id"] = GUEST_ID
     positive = case.meta is not None and case.meta.generation.mode.is_positive
-    if isinstance(case.body, dict) and positive and choice(case.body) & 1:
+    if isinstance(case.body, dict) and "guest_id" in case.body and positive and choice(case.body) & 1:
         case.body["guest_id"] = (GUEST_ID, WAITING_ID)[choice(case.body) >> 1 & 1]
         case.body["destination"] = known["destination"]
 
