@@ -346,6 +346,13 @@ static void blind(void)
     CHECK(paced_send(&paced, &link, &channel, &piece, 1, stop_fd, &result));
     CHECK(paced_rate(&paced) == 0);
     paced_deinit(&paced);
+    paced_init(&paced, &waited_ns);
+    CHECK(paced_rate(&paced) != 0);
+    paced_never(&paced); /* --no-pacing: the same, and a limit still holds */
+    CHECK(paced_rate(&paced) == 0);
+    paced_limit(&paced, 5);
+    CHECK(paced_rate(&paced) == 5);
+    paced_deinit(&paced);
     close(pair[0]);
     close(pair[1]);
     close(stop_fd);
