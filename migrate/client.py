@@ -55,7 +55,8 @@ class DaemonClient:
         return [MigrationStatus.model_validate(item) for item in self._call("GET", "/v1/migrations")]
 
     def migrate(self, guest_id: str, destination: str, *, bulk: bool = True, **options: str | float | None) -> MigrationStatus:
-        """``options``: streams, precopy, max_rounds, max_stale_bytes, deadline_seconds as the API has them."""
+        """``options``: streams, precopy, max_rounds, max_stale_bytes, deadline_seconds, bulk_limit_bytes_per_second as the API
+        has them."""
         body = {"guest_id": guest_id, "destination": destination, "bulk": bulk, **options}
         return MigrationStatus.model_validate(self._call("POST", "/v1/migrations", body))
 
@@ -63,6 +64,12 @@ class DaemonClient:
         """As it is now; or wait, at most so long, until it has settled."""
         path = f"{_path(migration_id)}?settled_within_seconds={settled_within_seconds}"
         return MigrationStatus.model_validate(self._call("GET", path))
+
+    def limit(self, migration_id: str, bytes_per_second: int | None) -> MigrationStatus:
+        """Of bulk and precopy together, from now on; None: no limit."""
+        return MigrationStatus.model_validate(
+            self._call("PATCH", _path(migration_id), {"bulk_limit_bytes_per_second": bytes_per_second})
+        )
 
     def cancel(self, migration_id: str) -> MigrationStatus:
         return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/cancel"))

@@ -69,6 +69,7 @@ class Daemon:
         insecure: bool,
         congestion_control: str | None = None,
         poll_ns: int = 0,
+        pacing: bool = True,
         socket_group: str | None = None,
         streams_max: int = STREAMS_MAX,
     ) -> None:
@@ -89,6 +90,7 @@ class Daemon:
         self._listen_at, self._metrics_at = listen_at, metrics_at
         self._congestion_control, self._socket_group, self._poll_ns = congestion_control, socket_group, poll_ns
         self._streams_max = streams_max
+        self._pacing = pacing
         self._links: set[GuestLink] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._half_open = 0
@@ -143,7 +145,14 @@ class Daemon:
     # --- migrations -------------------------------------------------------------------------------------------------
 
     def migrate(
-        self, guest_id: str, address: Address, *, bulk: bool = True, precopy: PrecopyPolicy = AUTO, streams: int = 1
+        self,
+        guest_id: str,
+        address: Address,
+        *,
+        bulk: bool = True,
+        precopy: PrecopyPolicy = AUTO,
+        streams: int = 1,
+        bulk_limit_bytes_per_second: int | None = None,
     ) -> SourceMigration:
         """Start moving a guest away. Raises NotFoundError, GuestBusyError, ListenRefusedError."""
         guest = self.guests.get(guest_id)
@@ -164,6 +173,8 @@ class Daemon:
             streams=streams,
             congestion_control=self._congestion_control,
             poll_ns=self._poll_ns,
+            pacing=self._pacing,
+            bulk_limit_bytes_per_second=bulk_limit_bytes_per_second,
         )
         self._start(migration)
         return migration

@@ -30,6 +30,9 @@ class Departure(Migration):
     def figures(self) -> dict[str, int]:
         return self._plane.figures() if self._plane is not None else self._figures
 
+    def bulk_pace(self) -> int | None:
+        return None if self._plane is None else self._plane.pace()
+
     def pages_done(self) -> int:
         figures = self.figures()
         if self.state is State.PRECOPY:

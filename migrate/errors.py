@@ -74,6 +74,12 @@ class NotCancellableError(PostcopyError):
     code = "not-cancellable"
 
 
+class NotLimitableError(PostcopyError):
+    """It has settled, or bulk is sent by the other daemon."""
+
+    code = "not-limitable"
+
+
 class PeerRefusedError(PostcopyError):
     """The other daemon said no; the code is its own."""
 

@@ -35,6 +35,7 @@ class GuestTotals:
         self.errors: defaultdict[str, int] = defaultdict(int)
         self.pages_lost = 0
         self.polled_seconds = 0.0
+        self.pace_waited_seconds = 0.0
         self.downtime_seconds: float | None = None
         self.downtime_uncertainty_seconds = 0.0
 
@@ -54,6 +55,7 @@ class GuestTotals:
         for path in ("urgent", "bulk", "precopy"):
             self.bytes_moved[path] += figures.get(f"bytes_{path}", 0)
         self.polled_seconds += figures.get("polled_ns", 0) / 1e9
+        self.pace_waited_seconds += figures.get("pace_waited_ns", 0) / 1e9
         if migration.downtime_ns is not None:
             self.downtime_seconds = migration.downtime_ns / 1e9
             self.downtime_uncertainty_seconds = migration.downtime_uncertainty_ns / 1e9
@@ -71,6 +73,7 @@ class GuestTotals:
             copied.latency[kind].add(histogram)
         copied.pages_lost = self.pages_lost
         copied.polled_seconds = self.polled_seconds
+        copied.pace_waited_seconds = self.pace_waited_seconds
         copied.downtime_seconds = self.downtime_seconds
         copied.downtime_uncertainty_seconds = self.downtime_uncertainty_seconds
         return copied
@@ -136,6 +139,11 @@ class DaemonCollector(Collector):
             "Pages of a running migration that are final here (during precopy: held).",
             labels=labels,
         )
+        pace = GaugeMetricFamily(
+            "postcopy_bulk_pace_bytes_per_second",
+            "Of a migration under way: at which bulk and precopy go, at most; no series while nothing limits them.",
+            labels=["guest"],
+        )
         total = GaugeMetricFamily("postcopy_migration_pages", "Pages of a running migration.", labels=labels)
         for (role, guest), migration in self._under_way().items():
             phase.add_metric([role, guest, str(migration.state)], 1)
@@ -143,7 +151,9 @@ class DaemonCollector(Collector):
             total.add_metric([role, guest], migration.pages_total)
             if role == Role.DESTINATION:
                 queue.add_metric([guest], migration.figures().get("requests_outstanding", 0))
-        yield from (phase, queue, final, total)
+            elif (bytes_per_second := migration.bulk_pace()) is not None:
+                pace.add_metric([guest], bytes_per_second)
+        yield from (phase, queue, final, pace, total)
 
         faults = HistogramMetricFamily(
             "postcopy_fault_latency_seconds",
@@ -166,6 +176,11 @@ class DaemonCollector(Collector):
         polled = CounterMetricFamily(
             "postcopy_polled_seconds", "CPU time in which loops looked for work instead of sleeping (--poll).", labels=labels
         )
+        waited = CounterMetricFamily(
+            "postcopy_bulk_waited_seconds",
+            "Time for which bulk and precopy were kept waiting, by the path's bottleneck or --bulk-limit.",
+            labels=["guest"],
+        )
         downtime = GaugeMetricFamily(
             "postcopy_downtime_seconds", "Of the last migration: last step at the source to first one here.", labels=labels
         )
@@ -186,8 +201,10 @@ class DaemonCollector(Collector):
                 errors.add_metric([role, guest, kind], number)
             if role == Role.DESTINATION:  # 0 is said too: an alert needs the series before the loss
                 lost.add_metric([role, guest], figures.pages_lost)
+            else:
+                waited.add_metric([guest], figures.pace_waited_seconds)
             polled.add_metric([role, guest], figures.polled_seconds)
             if figures.downtime_seconds is not None:
                 downtime.add_metric([role, guest], figures.downtime_seconds)
                 uncertainty.add_metric([role, guest], figures.downtime_uncertainty_seconds)
-        yield from (faults, pages, moved, ended, errors, lost, polled, downtime, uncertainty)
+        yield from (faults, pages, moved, ended, errors, lost, polled, waited, downtime, uncertainty)

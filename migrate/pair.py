@@ -124,7 +124,15 @@ class Process:
 class DaemonProcess(Process):
     """One daemon; ready when the constructor returns (it says so by sd_notify)."""
 
-    def __init__(self, directory: Path, role: str, arguments: Sequence[str] = (), *, listens: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        role: str,
+        arguments: Sequence[str] = (),
+        *,
+        listens: bool = True,
+        command: Sequence[str] | None = None,
+    ) -> None:
         self.runtime_dir = directory / role
         notify_path = directory / f"{role}.notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
@@ -133,7 +141,8 @@ class DaemonProcess(Process):
             kind = "destination" if listens else "source"
             listen = ["--listen", "127.0.0.1:0"] if listens else []
             options = ["--runtime-dir", str(self.runtime_dir), "--metrics", "127.0.0.1:0", *listen, *arguments]
-            super().__init__(role, [kind, *options], directory / f"{role}.log", {"NOTIFY_SOCKET": str(notify_path)})
+            environment = {"NOTIFY_SOCKET": str(notify_path)}
+            super().__init__(role, [kind, *options], directory / f"{role}.log", environment, command=command)
             try:
                 self._wait_ready(notify_socket)
             except BaseException:

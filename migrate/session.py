@@ -12,10 +12,13 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from migrate.clock import monotonic_ns
 from migrate.dataplane import LoopResult, LoopThread
-from migrate.errors import NotCancellableError, PostcopyError
+from migrate.errors import NotCancellableError, NotLimitableError, PostcopyError
 from proto.errors import ProtocolError
 from proto.messages import FaultKind, LatencySummary
 from proto.states import ENDED, SETTLED, Event, Role, State, advance
+
+BULK_LIMIT_MAX = 1 << 50
+"""Bytes a second that may be asked for."""
 
 log = structlog.get_logger("postcopy.migration")
 
@@ -103,6 +106,10 @@ class MigrationStatus(BaseModel):
     faults: Annotated[dict[str, FaultLatency], Field(description="By kind, once it is complete.")]
     elapsed_seconds: float
     bytes_per_second: float
+    bulk_limit_bytes_per_second: Annotated[int | None, Field(description="Of bulk and precopy together; at the source.")]
+    bulk_pace_bytes_per_second: Annotated[
+        int | None, Field(description="At which they go now, at most, limit included; none: as fast as they can.")
+    ]
     eta_seconds: float | None
     streams: Annotated[int, Field(description="Bulk connections; from `attaching` on as many as both daemons take.")]
     downtime_seconds: Annotated[
@@ -129,6 +136,7 @@ class Migration:
         self.epoch = 0
         self.error: ErrorFacts | None = None
         self.switched_because = ""
+        self.bulk_limit_bytes_per_second: int | None = None
         self.pages_total = 0
         self.streams = 1
         self.downtime_ns: int | None = None
@@ -253,6 +261,14 @@ class Migration:
             f"migration {self.id}", expected="to be asked at the source", got=f"{reason} at the {self.role}"
         )
 
+    def limit_bulk(self, bytes_per_second: int | None) -> None:
+        """Only at the source, until it has settled. Raises NotLimitableError."""
+        raise NotLimitableError(f"bulk of migration {self.id}", expected="to be limited at the source", got=str(self.role))
+
+    def bulk_pace(self) -> int | None:
+        """Bytes a second; None: nothing limits it, or it is sent elsewhere."""
+        return None
+
     def figures(self) -> dict[str, int]:
         """The C side's counters, live or as they were at the end."""
         raise NotImplementedError
@@ -296,6 +312,8 @@ class Migration:
             faults={kind: FaultLatency.of(summary) for kind, summary in self.faults.items()},
             elapsed_seconds=(now_ns - self._started_ns) / 1e9,
             bytes_per_second=moved_bytes / streaming_seconds if streaming_seconds > 0 else 0.0,
+            bulk_limit_bytes_per_second=self.bulk_limit_bytes_per_second,
+            bulk_pace_bytes_per_second=self.bulk_pace(),
             eta_seconds=left / rate if rate > 0 and not self.settled else None,
             streams=self.streams,
             downtime_seconds=None if self.downtime_ns is None else self.downtime_ns / 1e9,

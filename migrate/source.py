@@ -21,6 +21,7 @@ from migrate.errors import (
     AbortedError,
     GuestGoneError,
     NotCancellableError,
+    NotLimitableError,
     NotRecoverableError,
     PauseFailedError,
     PeerRefusedError,
@@ -83,12 +84,15 @@ class SourceMigration(Departure):
         streams: int = 1,
         congestion_control: str | None = None,
         poll_ns: int = 0,
+        pacing: bool = True,
+        bulk_limit_bytes_per_second: int | None = None,
     ) -> None:
         super().__init__(os.urandom(16), guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
-        self.bulk = bulk
+        self.bulk, self.bulk_limit_bytes_per_second = bulk, bulk_limit_bytes_per_second
         self.precopy = precopy
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
+        self._pacing = pacing
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
@@ -125,6 +129,9 @@ class SourceMigration(Departure):
         self.advance(Event.CONNECT)
         self._plane = SourcePlane(self.guest.regions)
         self._plane.poll(self._poll_ns)
+        if not self._pacing:
+            self._plane.unpaced()
+        self._plane.limit(self.bulk_limit_bytes_per_second)
         self.pages_total = self._plane.figures()["pages_total"]
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
@@ -372,6 +379,13 @@ class SourceMigration(Departure):
             raise NotCancellableError(f"migration {self.id}", expected="a state before the switchover", got=str(self.state))
         self._cancel_reason = reason
         self.task.cancel()
+
+    def limit_bulk(self, bytes_per_second: int | None) -> None:
+        if self.settled:
+            raise NotLimitableError(f"migration {self.id}", expected="one under way", got=str(self.state))
+        self.bulk_limit_bytes_per_second = bytes_per_second
+        if self._plane is not None:
+            self._plane.limit(bytes_per_second)
 
     def loop_ended(self, result: LoopResult) -> None:
         if result.reason in ("stopped", "finished") or self._control is None:

@@ -1,11 +1,11 @@
-"""Migrations in both roles: begin, list, look at, cancel; and the fine histogram of each one's faults."""
+"""Migrations in both roles: begin, list, look at, limit, cancel; and the fine histogram of each one's faults."""
 
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Path, Query, Response
 from pydantic.json_schema import SkipJsonSchema
 
-from migrate.api.models import KindLatency, Latency, MigrateRequest, RecoverRequest
+from migrate.api.models import KindLatency, Latency, LimitRequest, MigrateRequest, RecoverRequest
 from migrate.api.problems import refusals
 from migrate.dataplane import FAULT_KINDS, Histogram
 from migrate.destination import DestinationMigration
@@ -137,9 +137,33 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
             bulk=request.bulk,
             precopy=request.policy(),
             streams=request.streams,
+            bulk_limit_bytes_per_second=request.bulk_limit_bytes_per_second,
         )
         response.headers["location"] = f"/v1/migrations/{begun.id}"
         return begun.status()
+
+    @routes.patch(
+        "/v1/migrations/{migration_id}",
+        tags=["migrations"],
+        operation_id="limitMigration",
+        summary="Limit its bulk while it runs",
+        response_description="As it is at this moment, with the new limit.",
+        responses=refusals(
+            {
+                400: ("request-malformed", "The body is not JSON."),
+                404: NOT_FOUND,
+                409: ("not-limitable", "It has settled, or this is the destination."),
+                413: ("request-too-large", "The body."),
+                415: ("media-type", "The body is not declared as application/json."),
+                422: INVALID,
+            }
+        ),
+    )
+    async def limit(migration_id: MigrationId, request: LimitRequest) -> MigrationStatus:
+        """Holds from the next few kilobytes on. Pages that the guest waits for, and those sent ahead of it, are never limited."""
+        found = daemon.migration(migration_id)
+        found.limit_bulk(request.bulk_limit_bytes_per_second)
+        return found.status()
 
     @routes.post(
         "/v1/migrations/{migration_id}/cancel",

@@ -3,12 +3,12 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from migrate.guest_link import GuestState
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX, PrecopyPolicy
-from migrate.session import MigrationStatus
+from migrate.session import BULK_LIMIT_MAX, MigrationStatus
 from proto.messages import FaultKind, Name, Streams
 from proto.states import Role, State
 
@@ -21,6 +21,14 @@ def _address(text: str) -> str:
     if re.fullmatch(ADDRESS_PATTERN, text) is None:
         raise PydanticCustomError("address", "Input should be HOST:PORT or [IPv6]:PORT")
     return text
+
+
+def _whole(value: object) -> object:
+    """90.0 is an integer of JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+WHOLE = BeforeValidator(_whole)
 
 
 class RegionInfo(BaseModel):
@@ -40,6 +48,21 @@ class GuestInfo(BaseModel):
     migration_id: Annotated[str | None, Field(description="Of the migration that has not ended and that it is part of.")]
 
 
+BulkLimit = Annotated[
+    int | None,
+    Field(ge=1, le=BULK_LIMIT_MAX, description="Of bulk and precopy together; none: as fast as the path lets them."),
+    WHOLE,
+]
+
+
+class LimitRequest(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra={"examples": [{"bulk_limit_bytes_per_second": 50000000}]}
+    )
+
+    bulk_limit_bytes_per_second: BulkLimit
+
+
 class MigrateRequest(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, json_schema_extra={"examples": [{"guest_id": "web", "destination": "127.0.0.1:7641"}]}
@@ -57,18 +80,22 @@ class MigrateRequest(BaseModel):
     ]
     bulk: Annotated[bool, Field(description="False: pages cross only when the guest touches them.")] = True
     precopy: Annotated[
-        Literal["auto", "off"] | Annotated[int, Field(ge=1, le=ROUNDS_MAX)],
+        Literal["auto", "off"] | Annotated[int, Field(ge=1, le=ROUNDS_MAX), WHOLE],
         Field(description="Rounds while the guest still runs here: as long as they shrink what is stale, none, or so many."),
     ] = "auto"
-    max_rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX, description="Of `auto`.")] = AUTO.rounds_max
+    max_rounds: Annotated[int, Field(ge=1, le=ROUNDS_MAX, description="Of `auto`."), WHOLE] = AUTO.rounds_max
     max_stale_bytes: Annotated[
-        int, Field(ge=0, le=1 << 50, description="Of `auto`: written since they were sent, few enough to switch over.")
+        int,
+        Field(ge=0, le=1 << 50, description="Of `auto`: written since they were sent, few enough to switch over."),
+        WHOLE,
     ] = AUTO.stale_bytes_max
     deadline_seconds: Annotated[
         float | None,
         Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy: after so long no further round begins."),
     ] = None
     streams: Annotated[Streams, Field(description="Bulk connections, at most: the destination may take fewer.")] = 1
+
+    bulk_limit_bytes_per_second: BulkLimit = None
 
     def policy(self) -> PrecopyPolicy:
         rounds = {"auto": None, "off": 0}[self.precopy] if isinstance(self.precopy, str) else self.precopy

@@ -20,6 +20,7 @@ from migrate.bench.figures import Bound, Result
 from migrate.bench.huge import huge_stream, huge_urgent
 from migrate.bench.hybrid import hybrid
 from migrate.bench.scenarios import SCENARIOS as POSTCOPY
+from migrate.bench.shaped import shaped
 from migrate.bench.streams import streams
 from migrate.bench.tracking import tracking
 from migrate.errors import HostLacksError, PostcopyError
@@ -28,6 +29,7 @@ SCENARIOS = {
     **POSTCOPY,
     "hybrid": hybrid,
     "tracking": tracking,
+    "shaped": shaped,
     "streams": streams,
     "huge-urgent": huge_urgent,
     "huge-stream": huge_stream,
@@ -59,7 +61,7 @@ def run(names: list[str], json_path: Path | None, *, check: bool, tiny: bool) ->
         try:
             got = function(tiny)
         except HostLacksError as error:
-            if names:
+            if names:  # asked for
                 raise
             console.print(f"left out: {error}")
             continue
@@ -84,6 +86,13 @@ def in_unit(value: float, unit: str) -> str:
     return f"{value * 1e6:.1f} µs" if value < 0.001 else f"{value * 1e3:.2f} ms" if value < 0.2 else f"{value:.2f} s"
 
 
+def figure(name: str, value: float) -> str:
+    for ending, unit in (("_bytes_per_second", "bytes/second"), ("_seconds", "seconds")):
+        if name.endswith(ending):
+            return in_unit(value, unit)
+    return f"{value:.3f}"
+
+
 def table(results: list[Result]) -> Table:
     drawn = Table("scenario", "figure", "postcopy", "floor", "ratio")
     for result in results:
@@ -97,7 +106,7 @@ def table(results: list[Result]) -> Table:
             )
         if not result.product:  # it compares with nothing
             for name, value in result.figures.items():
-                drawn.add_row(result.name, name, f"{value:.3f}", "", "")
+                drawn.add_row(result.name, name, figure(name, value), "", "")
     return drawn
 
 

@@ -33,6 +33,9 @@ PollOption = Annotated[
         "--poll", min=0, max=10_000, help="Microseconds, at most, that fault and serve threads look for work before they sleep."
     ),
 ]
+PacingOption = Annotated[
+    bool, typer.Option(help="--no-pacing: bulk goes as fast as it can, and pages that guests wait for queue behind it.")
+]
 
 
 def register(app: typer.Typer, _: typer.Typer) -> None:
@@ -46,10 +49,11 @@ def source(
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
     poll: PollOption = POLL_MICROSECONDS,
+    pacing: PacingOption = True,
     socket_group: SocketGroupOption = None,
 ) -> None:
     """Run a source daemon: guests attach to it and are moved away from it."""
-    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, socket_group, STREAMS_MAX)
+    _run("source", runtime_dir, None, metrics, insecure, congestion_control, poll, pacing, socket_group, STREAMS_MAX)
 
 
 def destination(
@@ -59,13 +63,14 @@ def destination(
     insecure: InsecureOption = False,
     congestion_control: CongestionOption = None,
     poll: PollOption = POLL_MICROSECONDS,
+    pacing: PacingOption = True,
     socket_group: SocketGroupOption = None,
     max_streams: Annotated[
         int, typer.Option(min=1, max=STREAMS_MAX, help="Bulk connections that a migration may have.")
     ] = STREAMS_MAX,
 ) -> None:
     """Run a destination daemon: it takes guests in; those that have arrived can be moved on or back."""
-    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, socket_group, max_streams)
+    _run("destination", runtime_dir, listen, metrics, insecure, congestion_control, poll, pacing, socket_group, max_streams)
 
 
 def _run(
@@ -76,6 +81,7 @@ def _run(
     insecure: bool,
     congestion_control: str | None,
     poll_microseconds: int,
+    pacing: bool,
     socket_group: str | None,
     streams_max: int,
 ) -> None:
@@ -93,6 +99,7 @@ def _run(
             insecure=insecure,
             congestion_control=congestion_control,
             poll_ns=poll_microseconds * 1000,
+            pacing=pacing,
             socket_group=socket_group,
             streams_max=streams_max,
         )

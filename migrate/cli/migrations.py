@@ -1,4 +1,4 @@
-"""``postcopy migrate``, ``list``, ``status``, ``events``, ``cancel``, ``recover``: what an operator does with a daemon."""
+"""``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``: an operator's commands."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from migrate.client import DaemonClient, ServerEvent
 from migrate.errors import PostcopyError
 from migrate.guest.memory import size_bytes_of
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX
-from migrate.session import MigrationStatus
+from migrate.session import BULK_LIMIT_MAX, MigrationStatus
 from proto.messages import STREAMS_MAX
 
 LINE_SECONDS = 1.0
@@ -26,6 +26,7 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command("list")(list_all)
     app.command()(status)
     app.command()(events)
+    app.command()(limit)
     app.command()(cancel)
     app.command()(recover)
 
@@ -45,6 +46,9 @@ def migrate(
         typer.Option(min=0.001, max=DEADLINE_SECONDS_MAX, help="Seconds of precopy after which no further round begins."),
     ] = None,
     streams: Annotated[int, typer.Option(min=1, max=STREAMS_MAX, help="Bulk connections, if the destination takes so many.")] = 1,
+    bulk_limit: Annotated[
+        str, typer.Option(help="SIZE a second of bulk and precopy together, or none: as fast as the path lets them.")
+    ] = "none",
     as_json: JsonOption = False,
 ) -> None:
     """Move a guest to another daemon, and show how it goes until it is whole there."""
@@ -54,6 +58,7 @@ def migrate(
         "max_stale_bytes": size_bytes_of(max_stale),
         "deadline_seconds": deadline,
         "streams": streams,
+        "bulk_limit_bytes_per_second": limit_of(bulk_limit),
     }
     with DaemonClient(runtime_dir_of(daemon)) as client:
         begun = client.migrate(guest, to, bulk=bulk, **options)
@@ -71,6 +76,14 @@ def rounds_of(text: str) -> int | str:
     if text.isascii() and text.isdigit() and len(text) < 5 and 1 <= int(text) <= ROUNDS_MAX:
         return int(text)
     raise PostcopyError("--precopy", expected=f"auto, off, or 1 to {ROUNDS_MAX} rounds", got=text, code="usage")
+
+
+def limit_of(text: str) -> int | None:
+    """Bytes a second, as the API has it. Raises PostcopyError."""
+    limit = None if text == "none" else size_bytes_of(text)
+    if limit is not None and not 1 <= limit <= BULK_LIMIT_MAX:
+        raise PostcopyError("bulk limit", expected=f"none, or 1 to {BULK_LIMIT_MAX} bytes a second", got=text, code="usage")
+    return limit
 
 
 def result_code(ended: MigrationStatus) -> int:
@@ -202,6 +215,19 @@ def event_line(event: ServerEvent) -> str:
         told = ("guest_id", "change", "state", "count", "reason")
         text = "  ".join(str(data[name]) for name in told if data.get(name) is not None)
     return f"{data['at'][11:23]}  {event.event:<8}  {about[:12]:<12}  {text}".rstrip()
+
+
+def limit(
+    migration: MigrationArgument,
+    rate: Annotated[str, typer.Argument(help="SIZE a second, such as 50M, or none.")],
+    daemon: DaemonOption = "source",
+    as_json: JsonOption = False,
+) -> None:
+    """Limit bulk and precopy of a migration while it runs. Pages that the guest waits for are never limited."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        now = client.limit(migration, limit_of(rate))
+    said = "no limit" if now.bulk_limit_bytes_per_second is None else f"at most {now.bulk_limit_bytes_per_second} bytes a second"
+    typer.echo(now.model_dump_json(indent=2) if as_json else f"bulk of guest {now.guest_id}: {said}")
 
 
 def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_json: JsonOption = False) -> None:

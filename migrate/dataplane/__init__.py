@@ -280,6 +280,18 @@ class SourcePlane(_Plane):
         """Before precopy and before the loops begin: so many bulk connections there are."""
         lib.source_streams(self._pointer, streams)
 
+    def unpaced(self) -> None:
+        """Before the loops begin: bulk goes as fast as it can, whoever else is on the path."""
+        lib.source_unpaced(self._pointer)
+
+    def limit(self, bytes_per_second: int | None) -> None:
+        """At any time: bulk and precopy together go no faster; None: as the controller finds alone (dataplane/pacer.h)."""
+        lib.source_limit(self._pointer, bytes_per_second or 0)
+
+    def pace(self) -> int | None:
+        """Bytes a second at which bulk and precopy go now, at most; None: as fast as they can."""
+        return int(lib.source_pace(self._pointer)) or None
+
     def track(self, pagemap_fd: int) -> None:
         """Precopy is next: what the guest writes is seen through its pagemap, borrowed until ``close``."""
         if error_number := lib.source_track(self._pointer, pagemap_fd):

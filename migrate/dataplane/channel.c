@@ -64,7 +64,7 @@ bool channel_send_all(struct channel *channel, struct iovec *pieces, int piece_c
 {
     while (piece_count > 0) {
         struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)piece_count};
-        ssize_t sent_bytes = moved_or_failed(sendmsg(channel->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL), "sendmsg", result);
+        ssize_t sent_bytes = moved_or_failed(sendmsg(channel->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL | channel->send_flags), "sendmsg", result);
         if (sent_bytes < 0)
             return false;
         if (sent_bytes == 0 && !wait_ready(channel->socket, POLLOUT, stop_fd, result))

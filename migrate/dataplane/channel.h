@@ -12,6 +12,7 @@
 struct channel {
     int socket; /* borrowed */
     size_t expected_bytes;
+    int send_flags; /* MSG_EOR: what is sent in one call leaves in one packet or run of packets, not joined to others */
 };
 
 /* Let a wait for input end only when that much is there (or the connection ends): a wake-up costs more than many copies.

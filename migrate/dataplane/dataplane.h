@@ -159,6 +159,7 @@ void destination_latency(const struct destination *destination, uint32_t fault_k
     X(pages_stale)                /* written when the guest had been paused */ \
     X(pages_sent)                 /* distinct pages, by any path */ \
     X(polled_ns)                  /* the serve loop looked instead of sleeping */ \
+    X(pace_waited_ns)             /* bulk was kept waiting for its turn, precopy too */ \
     X(steers)                     /* times bulk went on from a fault */
 
 #define X(name) uint64_t name;
@@ -174,6 +175,13 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
 void source_destroy(struct source *source);
 /* The same for the serve loop. */
 void source_poll(struct source *source, uint64_t poll_ns);
+/* Before the loops begin: no controller, bulk goes as fast as it can; only a limit holds. */
+void source_unpaced(struct source *source);
+/* At any time: bulk and precopy together go at most at so many bytes a second; 0, the default: at what the controller finds alone
+ * (pacer.h). Answers and readahead are never kept waiting. */
+void source_limit(struct source *source, uint64_t bytes_per_second);
+/* Bytes a second at which bulk and precopy go now, at most; 0: as fast as they can. */
+uint64_t source_pace(struct source *source);
 void source_stop(struct source *source);
 /* The guest is paused for good: its memory is final. Until then serve_loop answers nothing (promise P2). */
 void source_open(struct source *source);

@@ -21,6 +21,7 @@ int run_sender_init(struct run_sender *sender, struct source *source, int socket
 
 void run_sender_deinit(struct run_sender *sender)
 {
+    paced_leave(&sender->source->paced, &sender->link, &sender->channel);
     free(sender->buffer);
 }
 
@@ -62,12 +63,21 @@ static enum frame_kind kind_of(const struct run_sender *sender, bool zero)
     return zero ? FRAME_ZERO : FRAME_PAGES;
 }
 
+/* What somebody waits for, or (ahead of a reader) is about to, is never paced. */
+static bool send_pieces(struct run_sender *sender, struct iovec *pieces, int piece_count, struct loop_result *result)
+{
+    struct source *source = sender->source;
+    if (sender->path == RUN_AHEAD || sender->path == RUN_URGENT)
+        return channel_send_all(&sender->channel, pieces, piece_count, source->stop_fd, result);
+    return paced_send(&source->paced, &sender->link, &sender->channel, pieces, piece_count, source->stop_fd, result);
+}
+
 /* One frame: its header, and its bytes unless they are zero (NULL). */
 static bool send_piece(struct run_sender *sender, struct frame_header *header, const char *bytes, struct loop_result *result)
 {
     struct iovec pieces[2] = {{header, FRAME_HEADER_BYTES}, {(void *)(uintptr_t)bytes, bytes ? header->length_bytes : 0}};
     count_bytes(sender, FRAME_HEADER_BYTES + pieces[1].iov_len);
-    if (channel_send_all(&sender->channel, pieces, bytes ? 2 : 1, sender->source->stop_fd, result))
+    if (send_pieces(sender, pieces, bytes ? 2 : 1, result))
         return true;
     if (result->error_number == EFAULT) /* the guest has truncated its file, or there is no huge page for a hole that it has just made */
         result->reason = LOOP_MEMORY_FAILED;

@@ -22,6 +22,7 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
     }
     atomic_init(&source->steer, STEER_NONE);
     source->streams = 1;
+    paced_init(&source->paced, &source->pace_waited_ns);
     source->pagemap_fd = -1;
     source->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     source->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -45,6 +46,7 @@ struct source *source_create(const struct memory_region *regions, uint32_t regio
 void source_destroy(struct source *source)
 {
     memory_deinit(&source->memory);
+    paced_deinit(&source->paced);
     int descriptors[] = {source->stop_fd, source->open_fd, source->open_bulk_fd, source->settled_fd};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         if (descriptors[i] >= 0)
@@ -64,6 +66,21 @@ void source_poll(struct source *source, uint64_t poll_ns)
 void source_streams(struct source *source, uint32_t streams)
 {
     source->streams = streams;
+}
+
+void source_unpaced(struct source *source)
+{
+    paced_never(&source->paced);
+}
+
+void source_limit(struct source *source, uint64_t bytes_per_second)
+{
+    paced_limit(&source->paced, bytes_per_second);
+}
+
+uint64_t source_pace(struct source *source)
+{
+    return paced_rate(&source->paced);
 }
 
 void source_stop(struct source *source)

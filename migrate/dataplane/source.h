@@ -5,6 +5,7 @@
 #include "channel.h"
 #include "frame.h"
 #include "memory.h"
+#include "paced.h"
 
 struct source {
     struct memory memory;
@@ -22,6 +23,7 @@ struct source {
     bool recovering;        /* a connection has been lost: not the first epoch (epoch.c) */
     bool stale_is_found;    /* the last scan has been made */
     bool stale_is_known;    /* and the destination has applied what it found */
+    struct paced paced;     /* bulk and precopy, over all their connections */
     _Atomic bool streaming; /* bulk sends: what nobody has asked for may go out */
     _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind a fault (serve.c); STEER_NONE. Who takes it goes there */
     _Atomic int32_t rounds_of_faults; /* so many runs more of bulk are small ones */
@@ -52,6 +54,7 @@ struct run_sender {
     struct channel channel;
     char *buffer;
     size_t buffer_bytes;
+    struct paced_link link;
     enum run_path path;
 };
 /* 0 or ENOMEM. */

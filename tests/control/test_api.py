@@ -259,6 +259,25 @@ def test_cancel(client: DaemonClient, pair: Pair) -> None:
         assert got(client, "/v1/guests/stays")["state"] == "running"
 
 
+def test_limit(client: DaemonClient, pair: Pair) -> None:
+    """Before anything is sent as well as later; once it has settled there is nothing to limit."""
+    with FakeGuest("limited", "running") as guest, FakeDestination() as fake:
+        guest.attach(pair.source.runtime_dir / "guests.sock")
+        begun = client.migrate("limited", fake.address, bulk_limit_bytes_per_second=1000)
+        assert begun.bulk_limit_bytes_per_second == 1000
+        fake.accept_offer()
+        path = f"/v1/migrations/{begun.id}"
+        for limit in (5_000_000, None):
+            answer = asked(client, "PATCH", path, json={"bulk_limit_bytes_per_second": limit})
+            assert answer.status_code == 200
+            assert answer.json()["bulk_limit_bytes_per_second"] == limit
+        for wrong in ({}, {"bulk_limit_bytes_per_second": 0}, {"bulk_limit_bytes_per_second": "1M"}, {"bulk": False}):
+            refused(asked(client, "PATCH", path, json=wrong), 422, "request-invalid")
+        client.cancel(begun.id)
+        assert client.status(begun.id, settled_within_seconds=10).state == "cancelled"
+        refused(asked(client, "PATCH", path, json={"bulk_limit_bytes_per_second": 1}), 409, "not-limitable")
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

@@ -45,6 +45,7 @@ WANTED = {
     "createMigration": {201, 404, 409, 422},
     "getMigration": {200, 404, 422},
     "cancelMigration": {404, 409},
+    "limitMigration": {404, 409, 422},
     "getMigrationLatency": {200, 404},
     "streamEvents": {200, 422},
     "streamMigrationEvents": {200, 404, 422},
@@ -106,7 +107,7 @@ def use_what_there_is(case: schemathesis.Case) -> None:
     if "guest_id" in parameters and choice(parameters) & 1:
         parameters["guest_id"] = GUEST_ID
     positive = case.meta is not None and case.meta.generation.mode.is_positive
-    if isinstance(case.body, dict) and positive and choice(case.body) & 1:
+    if isinstance(case.body, dict) and "guest_id" in case.body and positive and choice(case.body) & 1:
         case.body["guest_id"] = (GUEST_ID, WAITING_ID)[choice(case.body) >> 1 & 1]
         case.body["destination"] = known["destination"]
 

@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from migrate import bench
 from migrate.bench import resolvers
 from migrate.bench.figures import Bound, Latencies, Result
 from migrate.bench.floor import bare_c
+from migrate.errors import HostLacksError
 from migrate.pair import COMMAND
 
 from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
-SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "streams", "huge-urgent", "huge-stream"]
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "shaped", "streams", "huge-urgent", "huge-stream"]
 VALUE = {"stream", "cpu", "sequential", "huge-stream"}
-BARE = {"random", "tracking", "streams"}
+BARE = {"random", "tracking", "shaped", "streams"}
 """Figures of the product alone."""
 
 
@@ -46,6 +48,16 @@ def test_every_scenario_runs(tmp_path: Path) -> None:
         assert set(scenario["product"]) == set(scenario["floor"]) == figures
         assert set(scenario["ratio"]) == figures - {"n"}
         assert all(value > 0 for value in scenario["product"].values())
+
+
+def test_shaped_wants_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for, it is refused; among all it is left out, and that is said."""
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(bench, "SCENARIOS", {"shaped": bench.SCENARIOS["shaped"]})
+    with pytest.raises(HostLacksError, match="this is uid 1000; run as root"):
+        bench.run(["shaped"], None, check=True, tiny=True)
+    assert bench.run([], None, check=True, tiny=True)
+    assert "left out: shaped link" in capsys.readouterr().out
 
 
 def test_scenario_that_nobody_knows() -> None:

@@ -70,7 +70,9 @@ def test_wrong_pattern_is_2_and_names_those_there_are(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("list",), ("status", "0"), ("cancel", "0"), ("migrate", "guest", "[::1]:1")], ids=" ".join
+    "arguments",
+    [("list",), ("status", "0"), ("cancel", "0"), ("limit", "0", "1M"), ("migrate", "guest", "[::1]:1")],
+    ids=" ".join,
 )
 def test_no_daemon_is_6(cli: Cli, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     run = cli(*arguments, "--daemon", str(tmp_path))
@@ -295,6 +297,32 @@ def test_cancel_says_so(cli: Cli, commuter: Commuter) -> None:
         run = cli("cancel", migration.id[:8], *at(commuter))
         assert (run.returncode, run.stdout) == (0, f"cancelled: guest {commuter.guest_id} runs on at the source\n")
         assert client.status(migration.id, settled_within_seconds=10).state == "cancelled"
+    commuter.move()
+
+
+def test_limit_while_it_runs(cli: Cli, commuter: Commuter) -> None:
+    with FakeDestination() as fake, commuter.is_at.client() as client:
+        command = [*COMMAND, "migrate", commuter.guest_id, fake.address, "--bulk-limit", "2M", "--json", *at(commuter)]
+        with started(command, stdout=subprocess.PIPE, text=True) as watching:
+            fake.attach()
+            migration = next(one for one in client.migrations() if not one.settled)
+            assert migration.bulk_limit_bytes_per_second == 2 << 20
+            run = cli("limit", migration.id[:8], "50M", *at(commuter))
+            assert (run.returncode, run.stdout) == (0, f"bulk of guest {commuter.guest_id}: at most 52428800 bytes a second\n")
+            run = cli("limit", migration.id, "none", *at(commuter))
+            assert (run.returncode, run.stdout) == (0, f"bulk of guest {commuter.guest_id}: no limit\n")
+            assert (
+                json.loads(cli("limit", migration.id, "1K", "--json", *at(commuter)).stdout)["bulk_limit_bytes_per_second"]
+                == 1024
+            )
+            for wrong in ("0", "fast", "2048T"):
+                assert cli("limit", migration.id, wrong, *at(commuter)).returncode == 2
+            client.cancel(migration.id)
+            out, _ = watching.communicate(timeout=20)
+        assert json.loads(out)["bulk_limit_bytes_per_second"] == 1024
+        too_late = cli("limit", migration.id, "none", *at(commuter))
+        assert too_late.returncode == 1
+        assert "expected one under way, got cancelled" in too_late.stderr
     commuter.move()
 
 

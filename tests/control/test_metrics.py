@@ -37,6 +37,8 @@ TYPES = {
     "postcopy_errors": "counter",
     "postcopy_lost_pages": "counter",
     "postcopy_polled_seconds": "counter",
+    "postcopy_bulk_pace_bytes_per_second": "gauge",
+    "postcopy_bulk_waited_seconds": "counter",
     "postcopy_downtime_seconds": "gauge",
     "postcopy_downtime_uncertainty_seconds": "gauge",
 }

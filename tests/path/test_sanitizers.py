@@ -18,7 +18,7 @@ BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
 OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
 RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
-MAINS = ("dataplane-main", "precopy-main", "discard-main", "chunks-main", "workload-main")
+MAINS = ("dataplane-main", "precopy-main", "discard-main", "chunks-main", "pacer-main", "workload-main")
 STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 BUILDS = [
@@ -111,6 +111,13 @@ def test_large_pages_in_pieces(programs: Path) -> None:
     """In any order, by two connections at once, cut, discarded when half is here, and a small page asked for between."""
     scenarios = ["scattered", "cut", "bad-pieces", "discards", "between"]
     assert run_main(programs / "chunks-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
+
+
+@pytest.mark.timeout(180)
+def test_pacer(programs: Path) -> None:
+    """Its controller on a simulated link, and what waits for it on several threads."""
+    scenarios = ["finds", "follows", "hiccups", "open-path", "longer-path", "limited", "threads", "blind"]
+    assert run_main(programs / "pacer-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 
 @pytest.mark.timeout(180)
