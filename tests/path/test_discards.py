@@ -130,6 +130,6 @@ def staged(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.mark.parametrize("guard", GUARDS)
 def test_guard(guard: str, staged: None, repository: Path, tmp_path: Path) -> None:
     seed, removal = GUARDS[guard]
-    broken = run_c(build_c(repository, tmp_path, *removal, main=MAIN), seed, 20, 6)
+    broken = run_c(build_c(repository, tmp_path, *removal, main=MAIN), seed, 80, 6)  # ends with the first that is broken
     assert broken.returncode == 1
     assert "failed:" in broken.stderr
