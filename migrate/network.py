@@ -10,9 +10,9 @@ from pathlib import Path
 
 import structlog
 
-from migrate.errors import DeadlineError, ListenRefusedError, PostcopyError
+from migrate.errors import ConnectionLostError, DeadlineError, ListenRefusedError, PostcopyError
 from proto.errors import ProtocolError
-from proto.preamble import ANSWER_BYTES, PREAMBLE_BYTES, Answer, AnswerCode, Preamble
+from proto.preamble import ANSWER_BYTES, MAGIC, PREAMBLE_BYTES, Answer, AnswerCode, Preamble
 
 USER_TIMEOUT_MS = 10_000
 KEEPALIVE_SECONDS = 5
@@ -152,7 +152,12 @@ async def greet(sock: socket.socket, preamble: Preamble, deadline_seconds: float
     try:
         async with asyncio.timeout(deadline_seconds):
             await loop.sock_sendall(sock, preamble.encode())
-            Answer.decode(await _receive_exactly(sock, ANSWER_BYTES)).check()
+            data = await _receive_exactly(sock, ANSWER_BYTES)
+            if len(data) < ANSWER_BYTES and MAGIC.startswith(data[: len(MAGIC)]):
+                raise ConnectionLostError(
+                    "answer to the preamble", expected=f"{ANSWER_BYTES} bytes", got=f"{len(data)}, then its end"
+                )
+            Answer.decode(data).check()
     except TimeoutError:
         sock.close()
         raise DeadlineError("answer to the preamble", expected=f"within {deadline_seconds} s", got="nothing") from None
