@@ -414,6 +414,14 @@ uint64_t workload_first_step_ns(const struct workload *workload)
     return atomic_load(&workload->first_step_ns);
 }
 
+uint64_t workload_steps(const struct workload *workload)
+{
+    uint64_t steps = 0;
+    for (uint32_t i = 0; i < atomic_load(&workload->active); i++)
+        steps += atomic_load(&workload->worker[i].steps);
+    return steps;
+}
+
 void workload_read(const struct workload *workload, struct workload_report *report)
 {
     uint32_t phase = gate_phase(atomic_load(&workload->gate));
