@@ -6,22 +6,27 @@ the destination's `cont`: the stream is loaded with the VM stopped, and images a
 Loading touches guest memory (192 KiB of firmware shadow), on QEMU's main thread: faults must be resolved meanwhile, and they are.
 """
 
+import contextlib
 import os
 import select
 import socket
+import threading
 import time
 import zlib
+from collections.abc import Sequence
 
 import structlog
 
 from migrate.errors import DeadlineError, PauseFailedError, PostcopyError
 from migrate.guests.qemu.process import Qemu, monotonic_ns_of
-from migrate.guests.qemu.qmp import CommandRefusedError, Event, QemuEndedError
+from migrate.guests.qemu.qmp import Event, QemuEndedError
 from proto.messages import STATE_BYTES_MAX, Discard, Message, Stepped
 
 LOAD_SECONDS = 4.0
 """Below the five seconds that the daemon waits for `running`."""
 UNDO_SECONDS = 5.0
+FLUSH_SECONDS = 5.0
+"""Of the ten that a daemon waits for `prepared`; what is not written back by then is QEMU's to flush."""
 PLAIN, DEFLATED = b"\0", b"\1"
 STREAM_BYTES_MAX = 64 << 20
 """What a state may inflate to: the largest video memory, and some."""
@@ -65,7 +70,13 @@ class QemuMachine:
         self._monitor.execute("cont")
 
     def prepare(self) -> None:
+        """QEMU flushes its disks when it stops the VM, within the downtime: what is written back before need not be then."""
         self._monitor.execute("query-status")
+        nodes = self._monitor.execute("query-named-block-nodes", flat=True)
+        paths = {node["file"] for node in nodes if node["drv"] in ("file", "host_device") and not node["ro"]}
+        flushing = threading.Thread(target=_write_back, args=(sorted(paths),), name="flush", daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_SECONDS)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -217,6 +228,16 @@ def _migration_ended(event: Event) -> str | None:
 
 def _resumed_ns(event: Event) -> int | None:
     return monotonic_ns_of(event) if event["event"] == "RESUME" else None
+
+
+def _write_back(paths: Sequence[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # not a file of this process: QEMU has it open
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def _packed(stream: bytes) -> bytes:
