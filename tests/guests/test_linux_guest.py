@@ -106,7 +106,8 @@ def test_touches_are_counted_and_timed(ran: Ran) -> None:
 def test_wrong_byte_is_found_and_named(ran: Ran) -> None:
     flipped = _first(ran.told, "flipped")
     assert (flipped.number("page"), flipped.number("byte")) == (PAGE, PAGE_BYTES // 2)
-    [failed] = [line for line in ran.told.damage if line.word == "failed"]
+    failed, *again = [line for line in ran.told.damage if line.word == "failed"]
+    assert all(line.fields == failed.fields for line in again)
     assert failed.at_ns >= flipped.at_ns
     assert (failed.fields["kind"], failed.number("page"), failed.number("pages")) == ("torn", PAGE, 1)
     assert failed.number("expected") != failed.number("got")
@@ -128,7 +129,7 @@ def test_disk_is_read_back_and_a_wrong_block_is_named(ran: Ran) -> None:
 
 
 def test_stream_is_told_apart_wherever_it_is_cut() -> None:
-    stream = b"\x80ready vcp\xc1us=2 pages=5\n\x82touch 64:3\xc3 128:1\ntouch 64:4\nreport ns=1\xc4"
+    stream = b"\x80ready vcp\xc1us=2 pages=5\n\x82touch 64:3\xc3 128:1\ntouch 64:4 128:2\nreport ns=1\xc4"
     for cut in range(len(stream) + 1):
         told = Told()
         told.feed(stream[:cut], 100)
@@ -136,8 +137,16 @@ def test_stream_is_told_apart_wherever_it_is_cut() -> None:
         assert [beat.number for beat in told.beats] == [0, 1, 2, 3, 4]
         assert [beat.stepped for beat in told.beats] == [False, True, False, True, True]
         assert [(line.word, line.fields) for line in told.lines] == [("ready", {"vcpus": "2", "pages": "5"})]
-        assert told.touches == {64: 4, 128: 1}
+        assert told.touches == {64: 4, 128: 2}
         assert told.lost_beats == 0
+
+
+def test_end_of_a_line_that_was_begun_elsewhere_is_dropped() -> None:
+    told = Told(arriving=True)
+    told.feed(b"\x85=7 wr", 0)
+    told.feed(b"ites=1\x86\nreport ns=3\n", 1)
+    assert [(line.word, line.fields) for line in told.lines] == [("report", {"ns": "3"})]
+    assert [beat.number for beat in told.beats] == [5, 6]
 
 
 def test_beats_that_did_not_come_are_counted() -> None:

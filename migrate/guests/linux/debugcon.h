@@ -6,13 +6,16 @@
  *
  *     ready vcpus= threads= pages= seed=         memory is written; from here on it is touched and checked
  *     report ns= steps= writes= verifications= beats=    totals, every report_ms; ns: the guest's CLOCK_MONOTONIC
- *     touch LOW:COUNT ...                        buckets of the touches' latencies that have changed: lower bound in ns, all so far
+ *     touch LOW:COUNT ...                        latencies of all touches so far: lower bound of a bucket in ns, how many
  *     disk writes= reads= errors= wrong=         totals, if there is a disk
- *     failed kind= thread= page= pages= expected= got=   a check of memory failed, nothing is touched any more
+ *     failed kind= thread= page= pages= expected= got=   a check of memory has failed, nothing is touched any more
  *     disk-failed write= block= errno=           a read (write=0) or write of the disk failed
  *     disk-wrong block= version= expected= got=  a block read back does not hold what was written: its first wrong word
  *     flipped page= byte=                        what postcopy.corrupt asked for is done
- *     fatal errno= what=                         the guest cannot work, and powers off */
+ *     fatal errno= what=                         the guest cannot work, and powers off
+ *
+ * report, touch, disk and failed come again and again. A machine that is moved may be amid a line: its end is the first that the
+ * destination tells, and belongs to nothing there. */
 #ifndef POSTCOPY_LINUX_DEBUGCON_H
 #define POSTCOPY_LINUX_DEBUGCON_H
 

@@ -54,6 +54,8 @@ class Told:
     beats: list[Beat] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     """All but ``touch``."""
+    arriving: bool = False
+    """The machine comes from elsewhere, perhaps amid a line: what it says up to the first line's end is dropped."""
     touches: dict[int, int] = field(default_factory=dict)
     """Latency of every touch so far: lower bound of its bucket in ns, count."""
     _text: bytes = b""
@@ -63,13 +65,16 @@ class Told:
         for byte in _BEATS.findall(data):
             self.beats.append(Beat(at_ns, byte[0] % BEAT_NUMBERS, bool(byte[0] & BEAT_STEPPED)))
         *lines, self._text = (self._text + b"".join(_TEXT.findall(data))).split(b"\n")
+        if lines and self.arriving:
+            del lines[0]
+            self.arriving = False
         for text in lines:
             self._take(text.decode(), at_ns)
 
     def _take(self, text: str, at_ns: int) -> None:
         word, *rest = text.split()
         if word == "touch":
-            self.touches.update((int(low_ns), int(count)) for low_ns, _, count in (entry.partition(":") for entry in rest))
+            self.touches = {int(low_ns): int(count) for low_ns, _, count in (entry.partition(":") for entry in rest)}
         elif word in WORDS:
             self.lines.append(Line(at_ns, word, {name: value for name, _, value in (entry.partition("=") for entry in rest)}))
         else:
@@ -80,7 +85,7 @@ class Told:
 
     @property
     def damage(self) -> list[Line]:
-        """Whatever the guest has found wrong with its memory or its disk."""
+        """Whatever the guest has found wrong with its memory or its disk; some of it is told again and again."""
         return [line for line in self.lines if line.word in ("failed", "disk-failed", "disk-wrong", "fatal")]
 
     @property
@@ -101,8 +106,8 @@ def beats_between(before: Beat, after: Beat) -> int:
 class Debugcon:
     """Listens where a QEMU's debugcon connects, and reads until it ends. ``told`` is read under ``changed`` only."""
 
-    def __init__(self, path: Path) -> None:
-        self.told = Told()
+    def __init__(self, path: Path, *, arriving: bool = False) -> None:
+        self.told = Told(arriving=arriving)
         self.changed = threading.Condition()
         self._error: PostcopyError | None = None
         self._ended = False

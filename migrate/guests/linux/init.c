@@ -179,22 +179,24 @@ static void corrupt(struct workload *workload, uint8_t *memory, uint64_t page)
 
 static void tell_touches(const struct histogram_copy *touch)
 {
-    static uint64_t told[HISTOGRAM_BUCKETS];
     static char text[HISTOGRAM_BUCKETS * 32];
     size_t length = 0;
-    for (uint32_t i = 0; i < HISTOGRAM_BUCKETS; i++) {
-        if (touch->bucket[i] == told[i])
-            continue;
-        told[i] = touch->bucket[i];
-        length += (size_t)snprintf(text + length, sizeof text - length, " %llu:%llu", (unsigned long long)histogram_bucket_low_ns(i),
-                                   (unsigned long long)told[i]);
-    }
-    if (length != 0)
-        debugcon_line("touch%s", text);
+    for (uint32_t i = 0; i < HISTOGRAM_BUCKETS; i++)
+        if (touch->bucket[i] != 0)
+            length += (size_t)snprintf(text + length, sizeof text - length, " %llu:%llu", (unsigned long long)histogram_bucket_low_ns(i),
+                                       (unsigned long long)touch->bucket[i]);
+    debugcon_line("touch%s", length != 0 ? text : "");
 }
 
-/* `failed`: that has been told. Returns it anew: true once a check has failed, and nothing will be touched any more. */
-static bool tell(const struct workload *workload, bool with_disk, bool failed)
+static void tell_failure(const struct workload_failure *failure)
+{
+    debugcon_line("failed kind=%s thread=%u page=%llu pages=%llu expected=%llu got=%llu", failure_names[failure->kind], failure->thread,
+                  (unsigned long long)failure->block_index, (unsigned long long)failure->block_count,
+                  (unsigned long long)failure->expected, (unsigned long long)failure->got);
+}
+
+/* All of it each time: a line that a switch from one host to another cuts in two is nobody's. */
+static void tell(const struct workload *workload, bool with_disk)
 {
     static struct workload_report report;
     struct disk_report disk;
@@ -208,13 +210,8 @@ static bool tell(const struct workload *workload, bool with_disk, bool failed)
         debugcon_line("disk writes=%llu reads=%llu errors=%llu wrong=%llu", (unsigned long long)disk.writes, (unsigned long long)disk.reads,
                       (unsigned long long)disk.errors, (unsigned long long)disk.wrong);
     }
-    if (report.phase != WORKLOAD_FAILED || failed)
-        return failed;
-    const struct workload_failure *failure = &report.failure;
-    debugcon_line("failed kind=%s thread=%u page=%llu pages=%llu expected=%llu got=%llu", failure_names[failure->kind], failure->thread,
-                  (unsigned long long)failure->block_index, (unsigned long long)failure->block_count,
-                  (unsigned long long)failure->expected, (unsigned long long)failure->got);
-    return true;
+    if (report.phase == WORKLOAD_FAILED)
+        tell_failure(&report.failure);
 }
 
 static void sleep_ms(uint64_t milliseconds)
@@ -239,7 +236,7 @@ static struct workload *work_start(const struct parameters *parameters, uint8_t 
 static __attribute__((noreturn)) void report_for_ever(struct workload *workload, uint8_t *memory, const struct parameters *parameters)
 {
     uint64_t begun_ns = clock_monotonic_ns(), verified_ns = begun_ns;
-    bool failed = false, corrupted = parameters->corrupt_page == 0;
+    bool corrupted = parameters->corrupt_page == 0;
     for (;;) {
         uint64_t now_ns = clock_monotonic_ns();
         if (!corrupted && now_ns - begun_ns >= parameters->corrupt_ms * 1000000) {
@@ -250,7 +247,7 @@ static __attribute__((noreturn)) void report_for_ever(struct workload *workload,
             workload_verify(workload);
             verified_ns = now_ns;
         }
-        failed = tell(workload, parameters->disk[0] != '\0', failed);
+        tell(workload, parameters->disk[0] != '\0');
         sleep_ms(parameters->report_ms);
     }
 }
