@@ -1,9 +1,10 @@
 """What the agent drives: pause is a migration of QEMU's into a file, resume one out of a socket.
 
-With x-ignore-shared QEMU's stream holds the devices and the ROMs, a few hundred KB; guest memory stays where it is. QEMU stops the
-VM itself when all but the devices is written, and images are closed for writing before it says `completed`. Nothing is irrevocable until
-the destination's `cont`: the stream is loaded with the VM stopped, and images are taken over by `cont` alone (late-block-activate).
-Loading touches guest memory (192 KiB of firmware shadow), on QEMU's main thread: faults must be resolved meanwhile, and they are.
+With x-ignore-shared QEMU's stream holds the devices and the ROMs, a few hundred KB; guest memory stays where it is. QEMU
+stops the VM itself when all but the devices is written, and closes its images for writing before it says `completed`.
+Nothing is irrevocable until the destination's `cont`: the stream is loaded with the VM stopped, and images are taken over by
+`cont` alone (late-block-activate). Loading touches guest memory (192 KiB of firmware shadow) on QEMU's main thread: faults must
+be resolved meanwhile, and they are, from before `resume`.
 """
 
 import contextlib
@@ -41,11 +42,15 @@ class VmEndedError(PostcopyError):
 
     def __init__(self, status: int) -> None:
         self.status = status
-        super().__init__("QEMU", expected="to run", got=f"exit status {status}" if status >= 0 else f"its end by signal {-status}")
+        super().__init__(
+            "QEMU", expected="to run", got=f"exit status {status}" if status >= 0 else f"its end by signal {-status}"
+        )
 
 
 class VmUndecidedError(Exception):
-    """Whether the VM has run here cannot be known: neither `running` nor `resume_failed` may be said. No PostcopyError: those mean no."""
+    """Whether the VM has run here cannot be known: neither `running` nor `resume_failed` may be said.
+
+    No PostcopyError: one that resume() raises means that it has not."""
 
 
 class QemuMachine:
@@ -112,7 +117,9 @@ class QemuMachine:
             outcome = self._monitor.wait("device state", ended, max(0.0, deadline - time.monotonic()))
             if outcome != "completed":
                 info = self._monitor.execute("query-migrate")
-                raise PostcopyError("QEMU's migration", expected="completed", got=f"{outcome}: {info.get('error-desc', 'no reason')}")
+                raise PostcopyError(
+                    "QEMU's migration", expected="completed", got=f"{outcome}: {info.get('error-desc', 'no reason')}"
+                )
             return os.pread(file, os.fstat(file).st_size, 0), stopped_ns
         finally:
             os.close(file)
@@ -247,7 +254,9 @@ def _packed(stream: bytes) -> bytes:
         packed = DEFLATED + zlib.compress(stream, 1)
     if len(packed) > STATE_BYTES_MAX:
         raise PauseFailedError(
-            "device state", expected=f"{STATE_BYTES_MAX} bytes at most", got=f"{len(packed)}: choose less video memory, or -vga none"
+            "device state",
+            expected=f"{STATE_BYTES_MAX} bytes at most",
+            got=f"{len(packed)}: choose less video memory, or -vga none",
         )
     return packed
 

@@ -94,5 +94,7 @@ class Preload:
             for descriptor in descriptors:
                 os.close(descriptor)
         raise DeadlineError(
-            "object preloaded into QEMU", expected=f"its word within {deadline_seconds:.0f} s", got="none: a QEMU linked statically, or set-user-ID?"
+            "object preloaded into QEMU",
+            expected=f"its word within {deadline_seconds:.0f} s",
+            got="none: a QEMU linked statically, or set-user-ID?",
         )
