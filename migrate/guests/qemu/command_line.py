@@ -15,43 +15,12 @@ MONITOR_ID = "postcopy-qmp"
 DEFAULT_MEMORY_BYTES = 128 << 20
 """QEMU's own, for a command line without -m."""
 _SUFFIX = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_FLAGS = frozenset(
-    (
-        "alt-grab",
-        "async-teardown",
-        "ctrl-grab",
-        "curses",
-        "daemonize",
-        "enable-fips",
-        "enable-kvm",
-        "full-screen",
-        "h",
-        "help",
-        "mem-prealloc",
-        "no-acpi",
-        "no-fd-bootchk",
-        "no-hpet",
-        "no-quit",
-        "no-reboot",
-        "no-shutdown",
-        "no-user-config",
-        "nodefaults",
-        "nographic",
-        "old-param",
-        "only-migratable",
-        "portrait",
-        "preconfig",
-        "S",
-        "semihosting",
-        "singlestep",
-        "snapshot",
-        "usb",
-        "version",
-        "win2k-hack",
-        "xen-attach",
-        "xen-domid-restrict",
-    )
-)
+_FLAGS = frozenset({
+    "alt-grab", "async-teardown", "ctrl-grab", "curses", "daemonize", "enable-fips", "enable-kvm", "full-screen", "h",
+    "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet", "no-quit", "no-reboot", "no-shutdown",
+    "no-user-config", "nodefaults", "nographic", "old-param", "only-migratable", "portrait", "preconfig", "S",
+    "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
+})  # fmt: skip
 """Options without a value (qemu-options.hx of 7.2 to 9); every other one takes the next word."""
 
 

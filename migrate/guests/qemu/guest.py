@@ -1,8 +1,8 @@
 """``postcopy guest qemu``: a QEMU of the user's own command line, and what its agent tells.
 
-Each event is one JSON line: ``started``, ``waiting``, ``stepped``, ``complete``, ``departed``, ``refused``, ``ended``; on standard
-output, or on standard error where the command line gives the former to the VM. With ``stay`` a QEMU that has departed is started
-anew, to wait for a guest; one that was sent a state that it does not take always is.
+Each event is one JSON line: ``started``, ``waiting``, ``stepped``, ``complete``, ``departed``, ``refused``, ``ended``; on
+standard output, or on standard error where the command line gives the former to the VM. With ``stay`` a QEMU that has departed is
+started anew, to wait for a guest; one that was sent a state that it does not take always is.
 """
 
 import gc
