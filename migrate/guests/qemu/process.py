@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 
 from migrate import uffd
 from migrate.errors import GuestRefusedError, PostcopyError
@@ -41,6 +42,7 @@ class Qemu:
             self.memory.attach(self._preload, self._preload.mapping(self.ended_fd, START_SECONDS))
             self.monitor.connect(START_SECONDS)
             self._check()
+            self.kind = self._kind()
         except BaseException:
             self.close()
             raise
@@ -68,6 +70,15 @@ class Qemu:
         self.monitor.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BYTES_A_SECOND)
         if blocked := self.monitor.execute("query-migrate").get("blocked-reasons"):
             raise GuestRefusedError("QEMU", expected="a machine that can be migrated", got="; ".join(blocked))
+
+    def _kind(self) -> str:
+        """What both sides must have alike, as far as it can be asked before a state is loaded: that says the rest."""
+        machine = self._type_of("/machine").removesuffix("-machine")
+        cpus = Counter(self._type_of(cpu["qom-path"]) for cpu in self.monitor.execute("query-cpus-fast"))
+        return f"QEMU {machine} with " + ", ".join(f"{count} {name}" for name, count in sorted(cpus.items()))
+
+    def _type_of(self, path: str) -> str:
+        return str(self.monitor.execute("qom-get", path=path, property="type"))
 
     @property
     def pid(self) -> int:
