@@ -45,18 +45,18 @@ class Option:
 
     @classmethod
     def of(cls, name: str, value: str) -> "Option":
+        """QEMU's two ways to write one: ``head,key=value``, where ``head`` may be written with its own key, and JSON."""
         if value.startswith("{"):
             try:
                 keys = {key: _text(one) for key, one in _flat(json.loads(value))}
             except ValueError as error:
                 raise CommandLineError(f"-{name} {value}", f"it is no JSON ({error})", "see the manual of QEMU") from error
-            return cls(name, value, keys.get("driver", keys.get("qom-type", "")), keys)
-        first, *rest = (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", value))
-        keys = dict(part.partition("=")[::2] for part in rest)
-        if "=" in first:
-            key, _, text = first.partition("=")
-            keys = {key: text, **keys}
-        return cls(name, value, keys.get("driver", keys.get("qom-type", "")) if "=" in first else first, keys)
+        else:
+            parts = [part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", value)]
+            if "=" not in parts[0]:
+                return cls(name, value, parts[0], dict(part.partition("=")[::2] for part in parts[1:]))
+            keys = dict(part.partition("=")[::2] for part in parts)
+        return cls(name, value, next((keys[key] for key in ("driver", "qom-type", "type") if key in keys), ""), keys)
 
     def __str__(self) -> str:
         return f"-{self.name} {self.value}".rstrip()
