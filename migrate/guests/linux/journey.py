@@ -23,13 +23,12 @@ class TravellingDebugcon(Debugcon):
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._listener, selectors.EVENT_READ)
-                while True:
-                    for key, _ in selector.select():
-                        if key.fileobj is self._listener:
-                            connection, _ = self._listener.accept()
-                            selector.register(connection, selectors.EVENT_READ)
-                        else:
-                            self._read_some(key.fileobj, selector)
+                try:
+                    self._read_all(selector)
+                finally:
+                    for key in selector.get_map().values():
+                        if isinstance(key.fileobj, socket.socket) and key.fileobj is not self._listener:
+                            key.fileobj.close()
         except OSError:
             pass  # closed
         except PostcopyError as error:
@@ -38,6 +37,15 @@ class TravellingDebugcon(Debugcon):
             with self.changed:
                 self._ended = True
                 self.changed.notify_all()
+
+    def _read_all(self, selector: selectors.BaseSelector) -> None:
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is self._listener:
+                    connection, _ = self._listener.accept()
+                    selector.register(connection, selectors.EVENT_READ)
+                else:
+                    self._read_some(key.fileobj, selector)
 
     def _read_some(self, connection: object, selector: selectors.BaseSelector) -> None:
         assert isinstance(connection, socket.socket)
@@ -67,7 +75,7 @@ class Journey:
         disk.write_bytes(bytes(DISK_BYTES))
         path = pair.directory / f"{name}.debugcon"
         self.debugcon = TravellingDebugcon(path)
-        self._words = ["qemu-system-x86_64", *linux.arguments(image or GuestImage.find(), path, disk=disk)]
+        self.words = ["qemu-system-x86_64", *linux.arguments(image or GuestImage.find(), path, disk=disk)]
         self._options = options
         try:
             self.runs = self._start(pair.source, f"{name}-here", "started")
@@ -81,7 +89,7 @@ class Journey:
 
     def _start(self, daemon: DaemonProcess, name: str, event: str, *options: str) -> Process:
         arguments = ["guest", "qemu", "--id", name, "--daemon", str(daemon.runtime_dir), "--stay", *self._options, *options]
-        guest = self.pair.child(name, [*arguments, "--", *self._words])
+        guest = self.pair.child(name, [*arguments, "--", *self.words])
         guest.event(event)
         return guest
 

@@ -167,11 +167,11 @@ class QemuMachine:
             raise PostcopyError("QEMU", expected="to take the device state", got=error, code="state-refused") from error
         try:
             outcome = self._monitor.wait("loading the device state", _migration_ended, LOAD_SECONDS)
-        except QemuEndedError as error:
-            why = "QEMU ended: it has said why on its standard error"
-            raise PostcopyError("device state", expected="one of the same machine", got=why, code="state-refused") from error
+        except QemuEndedError:
+            outcome = "QEMU's end"
         if outcome != "completed":
-            raise PostcopyError("device state", expected="to be loaded", got=outcome, code="state-refused")
+            got = f"{outcome}: QEMU has said why on its standard error"
+            raise PostcopyError("device state", expected="one of the same machine", got=got, code="state-refused")
 
     def _continue(self) -> int:
         """When it ran. From here on the VM may have run, unless QEMU says that it has not."""

@@ -42,6 +42,7 @@ class Qemu:
             self.memory.attach(self._preload, self._preload.mapping(self.ended_fd, START_SECONDS))
             self.monitor.connect(START_SECONDS)
             self._check()
+            self._preload.check()  # QEMU has answered: it has mapped all that it will
             self.kind = self._kind()
         except BaseException:
             self.close()
