@@ -9,7 +9,7 @@ SOURCES := meson.build meson.options README.md LICENSE \
   $(shell find migrate proto \( -name __pycache__ -prune \) -o -print) $(shell find tests -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help system build demo test lint bench sanitize guest-image clean
+.PHONY: help system build demo test lint bench sanitize torture guest-image clean
 
 help:
 	@echo 'make demo      set up and watch a live guest move between two daemons (ARGS="--memory 128M")'
@@ -17,6 +17,7 @@ help:
 	@echo 'make bench     the benchmark beside its floor (ARGS="--check")'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make sanitize  the C core alone under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
+	@echo 'make torture   a Linux in a QEMU moves forth and back, 20 times with pages of 4 KiB and 20 times of 2 MiB'
 	@echo 'make guest-image  the Linux test guest: kernel of Debian, /init of our own, in build/guest/'
 	@echo 'make build     .venv with the package in it, and nothing more'
 	@echo 'make system    install what the system lacks (as root; without root: say what)'
@@ -69,6 +70,9 @@ bench: build guest-image
 
 sanitize: build
 	@POSTCOPY_REQUIRE=asan,tsan $(PY) -P -m pytest tests/path/test_sanitizers.py $(ARGS)
+
+torture: build guest-image
+	@POSTCOPY_REQUIRE=uffd-full,hugetlb,linux-guest POSTCOPY_QEMU_MOVES=20 $(PY) -P -m pytest tests/guests/test_qemu_moves.py $(ARGS)
 
 clean:
 	rm -rf .venv build build-* dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -62,6 +62,8 @@ ANSWER_DEADLINE_SECONDS = 10.0
 HUGE_BYTES_A_SECOND = 128 << 20
 """Huge pages are allocated before the guest is accepted, at this rate at least: a third of the slowest that was seen."""
 PAUSE_DEADLINE_SECONDS = 1.0
+FIRST_STEP_SECONDS = 0.005
+"""How long bulk waits for word of the guest's first step at the destination, where the guest does not ask for more (wake_ms)."""
 PEER_REASON_SECONDS = 1.0
 """How long the word on the control connection may come after the end of a data connection."""
 
@@ -312,13 +314,14 @@ class SourceMigration(Migration):
     async def _serve_until_complete(self) -> None:
         assert self._control is not None
         assert self._plane is not None
+        assert self.guest.hello is not None
+        wake_seconds = self.guest.hello.wake_ms / 1000
         if self.bulk:
             # Bulk would compete with the demand faults of the guest's first step; it begins behind it.
-            assert self.guest.hello is not None
-            self._loop.call_later(self.guest.hello.first_step_ms / 1000, self._open_bulk)
+            self._loop.call_later(wake_seconds or FIRST_STEP_SECONDS, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
-            if self.bulk:
+            if self.bulk and not wake_seconds:
                 self._open_bulk()
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             if isinstance(message, Complete):

@@ -25,10 +25,8 @@ from proto.messages import STATE_BYTES_MAX, Discard, Message, Stepped
 
 LOAD_SECONDS = 4.0
 """Below the five seconds that the daemon waits for `running`."""
-WAKING_SECONDS = 0.03
-"""So long a resumed VM is let alone with its demand faults: no bulk competes with it (measured: half of what it is away)."""
-FIRST_STEP_MS = 60
-"""How long the other side's daemon may wait for word of that."""
+WAKE_MS = 30
+"""So long a resumed VM is left alone with its demand faults: no bulk competes with it (measured: half of what it is away)."""
 UNDO_SECONDS = 5.0
 FLUSH_SECONDS = 5.0
 """Of the ten that a daemon waits for `prepared`; what is not written back by then is QEMU's to flush."""
@@ -63,7 +61,6 @@ class QemuMachine:
     def __init__(self, qemu: Qemu, *, waiting: bool) -> None:
         self._qemu, self._monitor = qemu, qemu.monitor
         self._stepped_ns = 0
-        self._awake: threading.Timer | None = None
         self._told_fd = os.eventfd(0)
         self._events = select.epoll()
         for descriptor in (self._told_fd, qemu.ended_fd, self._monitor.fileno()):
@@ -207,22 +204,13 @@ class QemuMachine:
     def event(self) -> Message | None:
         ready = {descriptor for descriptor, _ in self._events.poll(0)}
         if self._told_fd in ready:
-            return self._wakes()
+            os.eventfd_read(self._told_fd)
+            return Stepped(first_step_ns=self._stepped_ns)
         if self._monitor.fileno() in ready and self._qemu.ended_fd not in ready:
             self._tell_events()
         if self._qemu.ended_fd in ready:
             raise VmEndedError(self.status)
         return None
-
-    def _wakes(self) -> Message | None:
-        """Of a VM that has just been resumed, and some time later."""
-        os.eventfd_read(self._told_fd)
-        if self._awake is None:
-            self._awake = threading.Timer(WAKING_SECONDS, os.eventfd_write, (self._told_fd, 1))
-            self._awake.start()
-            return None
-        self._awake.join()
-        return Stepped(first_step_ns=self._stepped_ns)
 
     def _tell_events(self) -> None:
         for event in self._monitor.events():
@@ -236,9 +224,6 @@ class QemuMachine:
         """It tells none."""
 
     def close(self) -> None:
-        if self._awake is not None:
-            self._awake.cancel()
-            self._awake.join()
         self._events.close()
         os.close(self._told_fd)
         if self._stream is not None:
