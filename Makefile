@@ -75,9 +75,6 @@ bench: build guest-image
 sanitize: build
 	@POSTCOPY_REQUIRE=asan,tsan $(PY) -P -m pytest tests/path/test_sanitizers.py $(ARGS)
 
-torture: build guest-image
-	@POSTCOPY_REQUIRE=uffd-full,hugetlb,linux-guest POSTCOPY_QEMU_MOVES=20 $(PY) -P -m pytest tests/guests/test_qemu_moves.py $(ARGS)
-
 clean:
 	rm -rf .venv build build-* dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find migrate proto tests deploy -name __pycache__ -prune -exec rm -rf {} +

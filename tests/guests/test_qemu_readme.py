@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from migrate.host.suite import ADMINISTRATOR_PATH
+from migrate.pair import COMMAND
 
 SECTION = "\n## Your own VM\n"
 DEADLINE_SECONDS = 80.0
@@ -43,3 +44,12 @@ def test_five_lines_move_a_machine(repository: Path, tmp_path: Path) -> None:
     assert re.search(r"^state +complete", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"^downtime +[0-9.]+ ms, as the guest saw it", done.stdout, re.MULTILINE), done.stdout
     assert re.search(r"vm +│ running │ 512 MiB of 4 KiB pages", done.stdout), done.stdout
+
+
+@pytest.mark.requires("uffd-full", "linux-guest")
+@pytest.mark.timeout(100)
+def test_demo(repository: Path) -> None:
+    command = [*COMMAND, "demo", "--guest", "qemu", "--memory", "160M"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=DEADLINE_SECONDS, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "guest verified: no bad page, no error of its disk, none of " in done.stdout
