@@ -26,7 +26,7 @@ def test_deflated(size_bytes: int) -> None:
 
 
 def test_too_much() -> None:
-    with pytest.raises(PauseFailedError, match="786432 bytes at most, got .*choose less video memory"):
+    with pytest.raises(PauseFailedError, match=r"786432 bytes at most, got .*choose less video memory"):
         packed(os.urandom(STATE_BYTES_MAX))
 
 
