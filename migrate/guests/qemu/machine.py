@@ -29,7 +29,7 @@ WAKE_MS = 30
 """So long a resumed VM is left alone with its demand faults. Measured on two busy CPUs, 10 moves each: from its last heartbeat to
 its next 41 ms without precopy (87 ms where bulk begins at once) and 37 ms with it (59 ms)."""
 UNDO_SECONDS = 5.0
-FLUSH_SECONDS = 5.0
+PREPARE_SECONDS, FLUSH_SECONDS = 2.0, 5.0
 """Of the ten that a daemon waits for `prepared`; what is not written back by then is QEMU's to flush."""
 PLAIN, DEFLATED = b"\0", b"\1"
 STREAM_BYTES_MAX = 64 << 20
@@ -79,8 +79,12 @@ class QemuMachine:
 
     def prepare(self) -> None:
         """QEMU flushes its disks when it stops the VM, within the downtime: what is written back before need not be then."""
-        self._monitor.execute("query-status")
-        nodes = self._monitor.execute("query-named-block-nodes", flat=True)
+        try:
+            self._monitor.execute("query-status", deadline_seconds=PREPARE_SECONDS)
+            nodes = self._monitor.execute("query-named-block-nodes", flat=True, deadline_seconds=PREPARE_SECONDS)
+        except PostcopyError as error:  # the pause will tell: nothing has been touched yet, and the VM is not to end of it
+            log.warning("QEMU could not be prepared", pid=self.pid, reason=str(error))
+            return
         paths = {node["file"] for node in nodes if node["drv"] in ("file", "host_device") and not node["ro"]}
         flushing = threading.Thread(target=_write_back, args=(sorted(paths),), name="flush", daemon=True)
         flushing.start()
