@@ -10,9 +10,14 @@ from migrate.errors import PostcopyError
 from migrate.pair import Pair
 
 VERIFY_DEADLINE_SECONDS = 30.0
+GUEST_OPTIONS = {
+    "workload": ("--threads", "2", "--pattern", "zipf", "--write-ratio", "0.3", "--zero-ratio", "0.1"),
+    "kvm": ("--vcpus", "2", "--write-ratio", "0.3", "--zero-ratio", "0.1"),
+}
+"""By kind of guest; the one that waits takes the first of them too: as many threads."""
 
 
-def run(memory: str, *, as_json: bool) -> None:
+def run(memory: str, *, kind: str = "workload", as_json: bool) -> None:
     """Raises PostcopyError when the migration did not complete or the guest is not intact."""
 
     def tell(text: str) -> None:
@@ -20,9 +25,9 @@ def run(memory: str, *, as_json: bool) -> None:
 
     with Pair() as pair:
         tell(f"two daemons run: source, destination at {pair.destination.address} (metrics: {pair.destination.metrics_address})")
-        options = ("--threads", "2", "--pattern", "zipf", "--write-ratio", "0.3", "--zero-ratio", "0.1")
-        arrived = pair.guest(pair.destination, "demo-there", memory, "--threads", "2", waiting=True)
-        guest = pair.guest(pair.source, "demo", memory, *options)
+        options = GUEST_OPTIONS[kind]
+        arrived = pair.guest(pair.destination, "demo-there", memory, *options[:2], waiting=True, kind=kind)
+        guest = pair.guest(pair.source, "demo", memory, *options, kind=kind)
         guest.event("stepped", deadline_seconds=60)
         tell(f"a guest of {memory} is at work at the source; moving it to the destination")
         with pair.source.client() as client:

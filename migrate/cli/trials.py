@@ -14,12 +14,17 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
 
 
 def demo(
-    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb].")] = "512M", as_json: JsonOption = False
+    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb].")] = "512M",
+    guest: Annotated[str, typer.Option(help="workload, or kvm: a small machine on /dev/kvm.")] = "workload",
+    as_json: JsonOption = False,
 ) -> None:
     """Two daemons, a guest at work, one migration, and a guest that proves itself intact afterwards."""
-    from migrate.demo import run
+    from migrate.demo import GUEST_OPTIONS, run
+    from migrate.errors import PostcopyError
 
-    run(memory, as_json=as_json)
+    if guest not in GUEST_OPTIONS:
+        raise PostcopyError("guest", expected=" or ".join(GUEST_OPTIONS), got=guest, code="usage")
+    run(memory, kind=guest, as_json=as_json)
 
 
 def bench(
