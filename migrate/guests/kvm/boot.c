@@ -1,8 +1,11 @@
 /* A guest that begins: the one time that the monitor itself writes guest memory.
  *
  * Physical memory begins at 4 GiB; virtual addresses are the physical ones. Its first blocks:
- *   0 program   1 task state segment, then parameters   2 and 3 page tables of levels 4 and 3   4.. level 2, one a GiB: pages of 2 MiB
- * Accessed and dirty bits are set beforehand, so that no processor ever writes to the tables. */
+ *   0     page table of levels 4 and 3 in one, task state segment, program, parameters
+ *   1..   page tables of level 2, one a GiB: pages of 2 MiB
+ * Every page that a processor needs for its first step is a demand fault in the downtime, so these are few: of level 4 the guest has
+ * entry 0, of level 3 those from 4 on, and all that lies behind them in the block is no entry of any address it has. Accessed and
+ * dirty bits are set beforehand: no processor ever writes to the tables. */
 #include <errno.h>
 #include <stddef.h>
 #include <string.h>
@@ -12,7 +15,7 @@
 #include "vcpu.h"
 #include "verify.h"
 
-enum { BLOCK_PROGRAM, BLOCK_SYSTEM, BLOCK_LEVEL_4, BLOCK_LEVEL_3, BLOCK_LEVEL_2 };
+enum { BLOCK_SYSTEM, BLOCK_LEVEL_2 };
 
 #define ENTRY_TABLE 0x67u /* present, writable, user, accessed, dirty */
 #define ENTRY_2M 0xe7u    /* the same, a page of 2 MiB */
@@ -20,8 +23,14 @@ enum { BLOCK_PROGRAM, BLOCK_SYSTEM, BLOCK_LEVEL_4, BLOCK_LEVEL_3, BLOCK_LEVEL_2 
 
 #define TSS_PORTS_OFFSET 104u /* behind the hardware's part: a bit a port, 0: user mode may use it */
 #define TSS_BYTES (TSS_PORTS_OFFSET + 256 / 8 + 1)
-#define PARAMETERS_OFFSET 512u
-_Static_assert(PARAMETERS_OFFSET + MACHINE_VCPUS_MAX * PARAMETER_BYTES <= GUEST_BLOCK_BYTES, "one block holds them");
+
+/* In the system block: behind level 3's entries, of which there is one a GiB. */
+#define TSS_OFFSET 640u
+#define PROGRAM_OFFSET 800u
+#define PARAMETERS_OFFSET 2400u
+_Static_assert((GUEST_PHYSICAL_BASE + MACHINE_BYTES_MAX) / GIB * 8 <= TSS_OFFSET, "the entries do not reach the task state segment");
+_Static_assert(TSS_OFFSET + TSS_BYTES <= PROGRAM_OFFSET, "nor that the program");
+_Static_assert(PARAMETERS_OFFSET + MACHINE_VCPUS_MAX * PARAMETER_BYTES <= GUEST_BLOCK_BYTES, "one block holds all");
 
 extern const char kvm_program[], kvm_program_end[];
 
@@ -56,8 +65,8 @@ static void *block_address(const struct machine *machine, uint64_t block)
 
 static void write_tables(const struct machine *machine)
 {
-    uint64_t *level_4 = block_address(machine, BLOCK_LEVEL_4), *level_3 = block_address(machine, BLOCK_LEVEL_3);
-    level_4[0] = physical(BLOCK_LEVEL_3) | ENTRY_TABLE;
+    uint64_t *level_4 = block_address(machine, BLOCK_SYSTEM), *level_3 = level_4;
+    level_4[0] = physical(BLOCK_SYSTEM) | ENTRY_TABLE;
     for (uint64_t gib = 0; gib * GIB < machine->memory_bytes; gib++) {
         uint64_t *level_2 = block_address(machine, BLOCK_LEVEL_2 + gib);
         level_3[GUEST_PHYSICAL_BASE / GIB + gib] = physical(BLOCK_LEVEL_2 + gib) | ENTRY_TABLE;
@@ -94,9 +103,9 @@ static void write_parameters(const struct machine *machine, const struct machine
 
 static void write_memory(const struct machine *machine, const struct machine_config *config)
 {
-    memcpy(block_address(machine, BLOCK_PROGRAM), kvm_program, (size_t)(kvm_program_end - kvm_program));
+    char *system = block_address(machine, BLOCK_SYSTEM), *tss = system + TSS_OFFSET;
     write_tables(machine);
-    char *tss = block_address(machine, BLOCK_SYSTEM);
+    memcpy(system + PROGRAM_OFFSET, kvm_program, (size_t)(kvm_program_end - kvm_program));
     uint16_t ports_offset = TSS_PORTS_OFFSET;
     memcpy(tss + 102, &ports_offset, sizeof ports_offset);
     tss[TSS_BYTES - 1] = (char)0xff; /* the bitmap's end, as the architecture wants it */
@@ -115,25 +124,21 @@ static int set_registers(struct vcpu *vcpu)
     sregs.cs = code;
     sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = data;
     sregs.tr = (struct kvm_segment){
-        .base = physical(BLOCK_SYSTEM), .limit = TSS_BYTES - 1, .selector = 0x40, .type = 11, .present = 1};
+        .base = physical(BLOCK_SYSTEM) + TSS_OFFSET, .limit = TSS_BYTES - 1, .selector = 0x40, .type = 11, .present = 1};
     sregs.ldt = (struct kvm_segment){.unusable = 1};
     sregs.gdt = sregs.idt = (struct kvm_dtable){0};
     sregs.cr0 = 0x80050033; /* PG AM WP NE ET MP PE */
-    sregs.cr3 = physical(BLOCK_LEVEL_4);
+    sregs.cr3 = physical(BLOCK_SYSTEM);
     sregs.cr4 = 0x620;  /* PAE OSFXSR OSXMMEXCPT */
     sregs.efer = 0xd01; /* NXE LMA LME SCE */
-    struct kvm_regs regs = {.rip = physical(BLOCK_PROGRAM), .rflags = 0x3002, /* IOPL 3 */
+    struct kvm_regs regs = {.rip = physical(BLOCK_SYSTEM) + PROGRAM_OFFSET, .rflags = 0x3002, /* IOPL 3 */
                             .rdi = physical(BLOCK_SYSTEM) + PARAMETERS_OFFSET + vcpu->index * PARAMETER_BYTES};
-    struct kvm_mp_state mp_state = {.mp_state = KVM_MP_STATE_RUNNABLE};
-    if (ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0 || ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ||
-        ioctl(vcpu->fd, KVM_SET_MP_STATE, &mp_state) < 0)
-        return -errno;
-    return 0;
+    return ioctl(vcpu->fd, KVM_SET_SREGS, &sregs) < 0 || ioctl(vcpu->fd, KVM_SET_REGS, &regs) < 0 ? -errno : 0;
 }
 
 int boot(struct machine *machine, const struct machine_config *config)
 {
-    int result = 0;
+    int result = kvm_program_end - kvm_program <= (ptrdiff_t)(PARAMETERS_OFFSET - PROGRAM_OFFSET) ? 0 : -ENOSPC;
     for (uint32_t i = 0; result == 0 && i < machine->vcpus; i++)
         result = set_registers(&machine->vcpu[i]);
     if (result == 0)

@@ -164,30 +164,48 @@ int cpu_read(struct vcpu *vcpu, struct vcpu_state *state)
     return result;
 }
 
+/* Of a vCPU that has never run: what a state has in common with it need not be loaded, within the downtime. */
+int cpu_read_fresh(struct vcpu *vcpu)
+{
+    struct vcpu_state *fresh = &vcpu->machine->fresh[vcpu->index];
+    struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE}; /* of each: whoever starts them all starts at once */
+    vcpu->refused = "MP_STATE";
+    return ioctl(vcpu->fd, KVM_SET_MP_STATE, &runnable) < 0 ? -errno : cpu_read(vcpu, fresh);
+}
+
 int cpu_load(struct vcpu *vcpu, const struct machine_state *all)
 {
-    const struct vcpu_state *state = &all->vcpu[vcpu->index];
+    const struct vcpu_state *state = &all->vcpu[vcpu->index], *fresh = &vcpu->machine->fresh[vcpu->index];
+    bool lapic = vcpu->machine->lapic;
     const struct part {
         const char *name;
         unsigned long request;
-        const void *content;
+        const void *content, *fresh;
+        size_t size_bytes;
     } parts[] = {
-        {"XCRS", KVM_SET_XCRS, &state->xcrs},          {"SREGS", KVM_SET_SREGS, &state->sregs},
-        {"MSRS", 0, NULL},                             {"XSAVE", KVM_SET_XSAVE, state->xsave},
-        {"LAPIC", KVM_SET_LAPIC, &state->lapic},       {"MP_STATE", KVM_SET_MP_STATE, &state->mp_state},
-        {"REGS", KVM_SET_REGS, &state->regs},          {"EVENTS", KVM_SET_VCPU_EVENTS, &state->events},
-        {"DEBUGREGS", KVM_SET_DEBUGREGS, &state->debugregs},
+        {"XCRS", KVM_SET_XCRS, &state->xcrs, &fresh->xcrs, sizeof state->xcrs},
+        {"SREGS", KVM_SET_SREGS, &state->sregs, &fresh->sregs, sizeof state->sregs},
+        {"MSRS", 0, NULL, NULL, 0},
+        {"XSAVE", KVM_SET_XSAVE, state->xsave, fresh->xsave, state->xsave_bytes},
+        {"LAPIC", KVM_SET_LAPIC, &state->lapic, &fresh->lapic, lapic ? sizeof state->lapic : 0},
+        {"MP_STATE", KVM_SET_MP_STATE, &state->mp_state, &fresh->mp_state, sizeof state->mp_state},
+        {"REGS", KVM_SET_REGS, &state->regs, &fresh->regs, sizeof state->regs},
+        {"EVENTS", KVM_SET_VCPU_EVENTS, &state->events, &fresh->events, sizeof state->events},
+        {"DEBUGREGS", KVM_SET_DEBUGREGS, &state->debugregs, &fresh->debugregs, sizeof state->debugregs},
     };
     vcpu->refused = "CPUID";
     int result = memcmp(&all->cpuid, &vcpu->machine->cpuid, sizeof all->cpuid) == 0 ? 0 : cpuid_set(vcpu, &all->cpuid);
     for (size_t i = 0; result == 0 && i < sizeof parts / sizeof *parts; i++) {
-        vcpu->refused = parts[i].name;
-        if (parts[i].request == KVM_SET_LAPIC && !vcpu->machine->lapic)
+        const struct part *part = &parts[i];
+        bool same = !vcpu->spoiled && part->content != NULL && memcmp(part->content, part->fresh, part->size_bytes) == 0;
+        if (same)
             continue;
-        if (parts[i].content == NULL)
+        vcpu->refused = part->name;
+        if (part->content == NULL)
             result = msrs_load(vcpu, &state->msrs);
-        else if (ioctl(vcpu->fd, parts[i].request, parts[i].content) < 0)
+        else if (ioctl(vcpu->fd, part->request, part->content) < 0)
             result = -errno;
     }
+    vcpu->spoiled = true;
     return result;
 }

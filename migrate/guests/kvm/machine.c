@@ -17,7 +17,7 @@
 #include "vcpu.h"
 
 #define AWAIT_SPIN_NS 20000 /* vCPUs on a CPU are out of KVM within that; only then is it worth going to sleep */
-#define LOAD_DEADLINE_NS UINT64_C(5000000000)
+#define FRESH_DEADLINE_NS UINT64_C(5000000000)
 #define TSS_ADDRESS 0xfffbd000 /* VMX wants three pages of its own below 4 GiB */
 
 static int vcpu_open(struct machine *machine, uint32_t index, const char **step)
@@ -124,6 +124,7 @@ static int threads_start(struct machine *machine, const char **step)
     sigdelset(&blocked, vcpu_kick_signal());
     int result = vcpu_kick_install();
     *step = "a thread";
+    atomic_store(&machine->gate, GATE_PHASES + GATE_FRESH);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
     while (result == 0 && machine->threads < machine->vcpus) {
         struct vcpu *vcpu = &machine->vcpu[machine->threads];
@@ -139,13 +140,65 @@ static int threads_start(struct machine *machine, const char **step)
     return result;
 }
 
+static bool all_parked(const struct machine *machine, uint32_t generation)
+{
+    for (uint32_t i = 0; i < machine->threads; i++)
+        if (atomic_load_explicit(&machine->vcpu[i].acknowledged, memory_order_acquire) != generation)
+            return false;
+    return true;
+}
+
+static int await_all(struct machine *machine, uint32_t gate, uint64_t deadline_ns)
+{
+    uint64_t spin_end_ns = clock_monotonic_ns() + AWAIT_SPIN_NS;
+    for (;;) {
+        uint32_t arrivals = atomic_load(&machine->arrivals);
+        if (atomic_load(&machine->gate) != gate)
+            return -EBADMSG; /* nobody but a failing vCPU moves it now */
+        if (all_parked(machine, gate_generation(gate)))
+            return 0;
+        uint64_t now_ns = clock_monotonic_ns();
+        if (now_ns >= deadline_ns)
+            return -ETIMEDOUT;
+        if (now_ns >= spin_end_ns)
+            futex_wait(&machine->arrivals, arrivals, deadline_ns);
+    }
+}
+
+static uint32_t next_generation(uint32_t gate)
+{
+    return (gate_generation(gate) + 1) % (UINT32_MAX / GATE_PHASES);
+}
+
+/* The first vCPU that could not be read or loaded, or NULL. */
+static const struct vcpu *first_refused(const struct machine *machine)
+{
+    for (uint32_t i = 0; i < machine->vcpus; i++)
+        if (machine->vcpu[i].result != 0)
+            return &machine->vcpu[i];
+    return NULL;
+}
+
+static int fresh_await(struct machine *machine, const char **step)
+{
+    int result = await_all(machine, GATE_PHASES + GATE_FRESH, clock_monotonic_ns() + FRESH_DEADLINE_NS);
+    const struct vcpu *refused = result == 0 ? first_refused(machine) : NULL;
+    if (refused != NULL) {
+        *step = refused->refused;
+        result = refused->result;
+    }
+    atomic_store(&machine->gate, GATE_PHASES + MACHINE_IDLE);
+    return result;
+}
+
 static int open_all(struct machine *machine, const char **step)
 {
     *step = "memory";
     machine->seen = calloc(machine->blocks, sizeof *machine->seen);
     machine->state = calloc(1, sizeof *machine->state);
+    machine->fresh = calloc(machine->vcpus, sizeof *machine->fresh);
     machine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (machine->seen == NULL || machine->state == NULL || machine->event_fd < 0)
+    if (machine->seen == NULL || machine->state == NULL || machine->fresh == NULL || machine->event_fd < 0)
         return machine->event_fd < 0 ? -errno : -ENOMEM;
     memset(machine->seen, 0, machine->blocks * sizeof *machine->seen); /* populated here, not amid a measured fault */
     int result = vm_open(machine, step);
@@ -153,7 +206,9 @@ static int open_all(struct machine *machine, const char **step)
         result = vcpu_open(machine, i, step);
     if (result == 0)
         result = memory_place(machine, step);
-    return result == 0 ? threads_start(machine, step) : result;
+    if (result == 0)
+        result = threads_start(machine, step);
+    return result == 0 ? fresh_await(machine, step) : result;
 }
 
 int machine_create(struct machine **made, const struct machine_region *regions, uint32_t region_count, uint32_t vcpus,
@@ -212,6 +267,7 @@ void machine_destroy(struct machine *machine)
             close(descriptors[i]);
     free(machine->seen);
     free(machine->state);
+    free(machine->fresh);
     free(machine);
 }
 
@@ -249,45 +305,6 @@ int machine_start(struct machine *machine, const struct machine_config *config)
     configure(machine, config);
     release(machine, gate_generation(gate));
     return 0;
-}
-
-static bool all_parked(const struct machine *machine, uint32_t generation)
-{
-    for (uint32_t i = 0; i < machine->threads; i++)
-        if (atomic_load_explicit(&machine->vcpu[i].acknowledged, memory_order_acquire) != generation)
-            return false;
-    return true;
-}
-
-static int await_all(struct machine *machine, uint32_t gate, uint64_t deadline_ns)
-{
-    uint64_t spin_end_ns = clock_monotonic_ns() + AWAIT_SPIN_NS;
-    for (;;) {
-        uint32_t arrivals = atomic_load(&machine->arrivals);
-        if (atomic_load(&machine->gate) != gate)
-            return -EBADMSG; /* nobody but a failing vCPU moves it now */
-        if (all_parked(machine, gate_generation(gate)))
-            return 0;
-        uint64_t now_ns = clock_monotonic_ns();
-        if (now_ns >= deadline_ns)
-            return -ETIMEDOUT;
-        if (now_ns >= spin_end_ns)
-            futex_wait(&machine->arrivals, arrivals, deadline_ns);
-    }
-}
-
-static uint32_t next_generation(uint32_t gate)
-{
-    return (gate_generation(gate) + 1) % (UINT32_MAX / GATE_PHASES);
-}
-
-/* The first vCPU that could not be read or loaded, or NULL. */
-static const struct vcpu *first_refused(const struct machine *machine)
-{
-    for (uint32_t i = 0; i < machine->vcpus; i++)
-        if (machine->vcpu[i].result != 0)
-            return &machine->vcpu[i];
-    return NULL;
 }
 
 int machine_pause(struct machine *machine, uint64_t deadline_ns)
@@ -393,19 +410,14 @@ int machine_load(struct machine *machine, const uint8_t *bytes, size_t size_byte
     *why = "KVM_SET_TSC_KHZ";
     if (tsc_take(machine, machine->state->machine.tsc_khz) != 0)
         return -EINVAL;
-    uint32_t generation = next_generation(gate), loading = generation * GATE_PHASES + GATE_LOADING;
-    atomic_store(&machine->gate, loading);
-    futex_wake_all(&machine->gate);
-    int result = await_all(machine, loading, clock_monotonic_ns() + LOAD_DEADLINE_NS);
-    const struct vcpu *refused = result == 0 ? first_refused(machine) : NULL;
-    if (refused != NULL) {
-        *why = refused->refused;
-        result = -EINVAL;
-    } else if (result == 0) {
-        take_over(machine);
-    }
-    atomic_store(&machine->gate, generation * GATE_PHASES + (result == 0 ? MACHINE_PAUSED : MACHINE_IDLE));
-    return result;
+    for (uint32_t i = 0; i < machine->vcpus; i++)
+        if (cpu_load(&machine->vcpu[i], machine->state) != 0) {
+            *why = machine->vcpu[i].refused;
+            return -EINVAL;
+        }
+    take_over(machine);
+    atomic_store(&machine->gate, gate_generation(gate) * GATE_PHASES + MACHINE_PAUSED);
+    return 0;
 }
 
 int machine_resume(struct machine *machine)
@@ -449,7 +461,7 @@ void machine_read(const struct machine *machine, struct machine_report *report)
 {
     uint32_t phase = gate_phase(atomic_load(&machine->gate));
     memset(report, 0, sizeof *report);
-    report->phase = phase == GATE_PAUSING ? MACHINE_RUNNING : phase == GATE_QUIT || phase == GATE_LOADING ? MACHINE_IDLE : phase;
+    report->phase = phase == GATE_PAUSING ? MACHINE_RUNNING : phase == GATE_QUIT || phase == GATE_FRESH ? MACHINE_IDLE : phase;
     report->first_step_ns = machine_first_step_ns(machine);
     report->last_step_ns = machine_last_step_ns(machine);
     report->verifications = atomic_load(&machine->verifications);

@@ -28,7 +28,7 @@
 #define PARAMETER_ZERO_BELOW 80   /* likewise: this block starts as zeroes */
 #define PARAMETER_BEAT_STEPS 88
 #define PARAMETER_SLOW_TICKS 96   /* a touch that takes as long is told at once, with its block */
-#define PARAMETER_BYTES 128
+#define PARAMETER_BYTES 104
 
 /* Content: word i of a block whose entry is e > 0 is base + i * WORD_STEP, base = mix(identity ^ e), identity = mix(block ^ key). The
  * root is the sum of mix(base + ROOT_SALT) over all blocks. mix is splitmix64's finaliser (workload/verify.h). */

@@ -201,8 +201,8 @@ static void acknowledge(struct vcpu *vcpu, uint32_t gate)
     struct machine *machine = vcpu->machine;
     if (gate_phase(gate) == GATE_PAUSING)
         vcpu->result = cpu_read(vcpu, &machine->state->vcpu[vcpu->index]);
-    else if (gate_phase(gate) == GATE_LOADING)
-        vcpu->result = cpu_load(vcpu, machine->state);
+    else if (gate_phase(gate) == GATE_FRESH)
+        vcpu->result = cpu_read_fresh(vcpu);
     atomic_store_explicit(&vcpu->acknowledged, gate_generation(gate), memory_order_release);
     atomic_fetch_add(&machine->arrivals, 1);
     futex_wake_all(&machine->arrivals);

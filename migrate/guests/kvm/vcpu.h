@@ -15,8 +15,9 @@
 #include "machine.h"
 #include "state.h"
 
-/* Beyond enum machine_phase, in the gate only. LOADING: each thread gives its vCPU the state that has come. */
-enum { GATE_PAUSING = 4, GATE_QUIT = 5, GATE_LOADING = 6, GATE_PHASES = 8 };
+/* Beyond enum machine_phase, in the gate only. FRESH: each thread enters KVM once, without running, and reads what there is. It is a
+ * vCPU's own thread that must be the first to: with another one the kernel waits for all its readers (kvm_vcpu_ioctl, pid). */
+enum { GATE_PAUSING = 4, GATE_QUIT = 5, GATE_FRESH = 6, GATE_PHASES = 8 };
 
 #define GUEST_PHYSICAL_BASE (UINT64_C(4) << 30) /* beyond all that KVM may want for itself below: local APICs, task state segment */
 
@@ -38,6 +39,7 @@ struct vcpu {
     /* Owned by the thread while it runs. */
     uint64_t due_ns; /* with a rate */
     bool stepped;    /* since the resume */
+    bool spoiled;    /* a state was loaded, perhaps in part: nothing of it is as fresh */
     int result;      /* of reading or loading the state: 0 or a negative errno */
     const char *refused; /* which part of it */
 
@@ -61,6 +63,7 @@ struct machine {
     uint32_t *seen;       /* by block: the epoch of its last slow first touch */
     struct state_cpuid cpuid;
     struct machine_state *state;
+    struct vcpu_state *fresh; /* of each vCPU before it runs */
 
     _Atomic uint32_t gate, arrivals, verifications;
     _Atomic uint64_t first_step_ns;
@@ -88,6 +91,7 @@ int vcpu_kick_signal(void);
 /* cpu.c: what KVM is asked for and given. 0 or a negative errno. */
 int cpu_supported(int kvm_fd, struct state_cpuid *cpuid);
 int cpu_read(struct vcpu *vcpu, struct vcpu_state *state);
+int cpu_read_fresh(struct vcpu *vcpu);
 int cpu_load(struct vcpu *vcpu, const struct machine_state *state);
 const char *cpu_unfit(const struct machine *machine, const struct machine_state *state); /* NULL, or why it cannot run here */
 
