@@ -16,7 +16,9 @@ def kvm(
     memory: Annotated[list[str], typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb]; repeat for several regions.")],
     guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "kvm",
     daemon: DaemonOption = "source",
-    waiting: Annotated[bool, typer.Option("--waiting", help="Wait for a guest of this size and as many vCPUs to arrive.")] = False,
+    waiting: Annotated[
+        bool, typer.Option("--waiting", help="Wait for a guest of this size and as many vCPUs to arrive.")
+    ] = False,
     stay: Annotated[bool, typer.Option("--stay", help="After departing, wait for the next guest.")] = False,
     verify: Annotated[bool, typer.Option(help="Check all memory against the root once it is complete.")] = True,
     vcpus: Annotated[int, typer.Option(min=1, max=16)] = 2,

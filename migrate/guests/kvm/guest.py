@@ -1,4 +1,5 @@
-"""``postcopy guest kvm``: a KVM machine as a guest process of its own; it tells the events and figures that the workload tells."""
+"""``postcopy guest kvm``: a KVM machine as a guest process of its own; it tells the events and figures that the workload
+tells."""
 
 import gc
 import os
@@ -13,6 +14,7 @@ from migrate.guest.attaching import attach_when_there
 from migrate.guest.memory import GuestMemory, MemorySpec
 from migrate.guests.kvm.native import KvmConfig, KvmMachine
 from migrate.guests.workload.guest import say
+from migrate.uffd import Userfaultfd
 from proto.messages import Discard, GuestFailed, Message, Stepped
 
 log = structlog.get_logger("postcopy.kvm")
@@ -93,7 +95,7 @@ class KvmGuest:
 
 
 def run(options: KvmOptions) -> None:
-    """Returns when the guest has departed. Raises PostcopyError ``guest-failed`` when it found itself broken."""
+    """Returns when the guest has departed. Raises HostLacksError; PostcopyError ``guest-failed`` when it found itself broken."""
     role = GuestRole.WAITING if options.waiting else GuestRole.RUNNING
     gc.collect()
     gc.freeze()
@@ -108,6 +110,7 @@ def run(options: KvmOptions) -> None:
 
 def _live(options: KvmOptions, role: GuestRole) -> None:
     """One life of the guest's memory: from its start, or from waiting, until it has departed."""
+    Userfaultfd.open(user_mode_only=False).close()  # KVM's faults are the kernel's: refused here, not stuck after the switchover
     memory = GuestMemory(options.memory)
     guest = KvmGuest(memory, options)
     agent = Agent(options.guest_id, memory, guest, role)

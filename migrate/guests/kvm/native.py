@@ -185,7 +185,9 @@ class KvmMachine:
             raise PauseFailedError("pause", expected="every vCPU out of KVM", got="a vCPU that stays in a page fault")
         if result == -errno.EBADMSG:
             raise KvmGuestFailedError(f"{call}: the guest has failed: {self.report().failure}")
-        raise PostcopyError(f"KVM guest {call} in phase {self.report().phase.name.lower()}", expected="0", got=errno_text(-result))
+        raise PostcopyError(
+            f"KVM guest {call} in phase {self.report().phase.name.lower()}", expected="0", got=errno_text(-result)
+        )
 
 
 def _not_made(step: str, error_number: int) -> PostcopyError:
@@ -194,4 +196,6 @@ def _not_made(step: str, error_number: int) -> PostcopyError:
         return HostLacksError("kvm", *sentences.kvm_refused(step, tried))
     if error_number == errno.EOPNOTSUPP:
         return HostLacksError("kvm", f"this kernel's KVM lacks {step}", "run Linux 4.17 or later")
-    return PostcopyError("KVM guest", expected=step, got=errno_text(error_number), code="usage" if error_number == errno.EINVAL else None)
+    return PostcopyError(
+        "KVM guest", expected=step, got=errno_text(error_number), code="usage" if error_number == errno.EINVAL else None
+    )

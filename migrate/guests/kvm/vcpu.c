@@ -1,7 +1,7 @@
 /* What one vCPU's thread does: KVM_RUN, the guest's ports, parking. See vcpu.h for the gate, program.S for the guest.
  *
  * A vCPU that is stalled in a page fault leaves KVM_RUN for a kick where the kernel's way to the page can be interrupted (KVM's own
- * mapping of a page, since Linux 6.3), and then takes the same instruction again when it runs on. Where it cannot (the walk through
+ * mapping of a page, since Linux 6.2), and then takes the same instruction again when it runs on. Where it cannot (the walk through
  * the guest's page tables, an instruction that is emulated) it comes when its page has, and a pause waits that long: tests/guests/test_kvm_pause.py. */
 #include "vcpu.h"
 
