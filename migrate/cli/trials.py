@@ -28,7 +28,7 @@ def demo(
 
 
 def bench(
-    scenarios: Annotated[list[str] | None, typer.Argument(help="Which; all but resolvers when none is named.")] = None,
+    scenarios: Annotated[list[str] | None, typer.Argument(help="Which; all but resolvers and kvm when none is named.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Print each figure beside its bound; exit 8 where one is missed.")
@@ -40,6 +40,7 @@ def bench(
     """Measure each scenario beside a floor in bare C, interleaved in the same run.
 
     resolvers: the kernel's ways to resolve a page fault beside each other; it has no bounds to check.
+    kvm: downtime and faults of a KVM guest, beside the same guest in bare C.
     """
     from migrate.bench import run
 
