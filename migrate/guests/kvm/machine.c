@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +17,7 @@
 #include "program.h"
 #include "vcpu.h"
 
-#define AWAIT_SPIN_NS 20000 /* vCPUs on a CPU are out of KVM within that; only then is it worth going to sleep */
+#define AWAIT_YIELD_NS 300000 /* vCPUs are out of KVM and read within that, if they have CPUs: those that we yield, rather than let them idle */
 #define FRESH_DEADLINE_NS UINT64_C(5000000000)
 #define TSS_ADDRESS 0xfffbd000 /* VMX wants three pages of its own below 4 GiB */
 
@@ -150,7 +151,7 @@ static bool all_parked(const struct machine *machine, uint32_t generation)
 
 static int await_all(struct machine *machine, uint32_t gate, uint64_t deadline_ns)
 {
-    uint64_t spin_end_ns = clock_monotonic_ns() + AWAIT_SPIN_NS;
+    uint64_t yield_end_ns = clock_monotonic_ns() + AWAIT_YIELD_NS;
     for (;;) {
         uint32_t arrivals = atomic_load(&machine->arrivals);
         if (atomic_load(&machine->gate) != gate)
@@ -160,7 +161,9 @@ static int await_all(struct machine *machine, uint32_t gate, uint64_t deadline_n
         uint64_t now_ns = clock_monotonic_ns();
         if (now_ns >= deadline_ns)
             return -ETIMEDOUT;
-        if (now_ns >= spin_end_ns)
+        if (now_ns < yield_end_ns)
+            sched_yield();
+        else
             futex_wait(&machine->arrivals, arrivals, deadline_ns);
     }
 }

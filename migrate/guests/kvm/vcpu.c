@@ -13,6 +13,7 @@
 
 #include "futex.h"
 #include "program.h"
+#include "schedule.h"
 
 #define ARREARS_MAX_NS UINT64_C(10000000) /* steps missed in longer stalls are not made up for */
 #define WAIT_MAX_NS UINT64_C(10000000)    /* a wish to verify that just missed a sleeper's look is seen by then */
@@ -225,6 +226,7 @@ static uint32_t park(struct vcpu *vcpu)
 void *vcpu_main(void *argument)
 {
     struct vcpu *vcpu = argument;
+    schedule_soon(); /* a pause waits for it, and then a guest that is moved */
     for (;;) {
         uint32_t gate = park(vcpu);
         if (gate_phase(gate) == GATE_QUIT)
