@@ -13,13 +13,14 @@ FAULT_OVER_FLOOR = 1.3
 
 def kvm(tiny: bool) -> Result:
     """Two vCPUs at work and moved to and fro; then one that touches each page once, without bulk."""
-    batches, moves, rounds, fault_bytes = (1, 4, 1, 4 * MIB) if tiny else (10, 10, 6, 16 * MIB)
+    batches, moves, rounds = (1, 4, 1) if tiny else (10, 10, 6)
+    busy_bytes, fault_bytes = (8 * MIB, 4 * MIB) if tiny else (64 * MIB, 16 * MIB)
     seconds: list[float] = []
     precopied: list[float] = []
     bare_hops: list[float] = []
     product, bare = Latencies(), Latencies()
     with bench_pair() as pair:
-        busy = Shuttle(pair, "busy", 64 * MIB, "--vcpus", "2", kind="kvm")
+        busy = Shuttle(pair, "busy", busy_bytes, "--vcpus", "2", kind="kvm")
         with busy.frozen():
             reader = Shuttle(pair, "reader", fault_bytes, "--vcpus", "1", "--write-ratio", "0", kind="kvm")
         for _ in range(batches):

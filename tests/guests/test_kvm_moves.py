@@ -1,6 +1,7 @@
-"""The KVM guest between two real daemons: to and fro, on pages of 4 KiB and of 2 MiB, precopied or not, and intact each time."""
+"""The KVM guest between two real daemons: what is counted and timed, and what is refused.
 
-import os
+To and fro it goes in tests/torture/test_kvm.py."""
+
 import subprocess
 from collections.abc import Iterator
 
@@ -13,10 +14,6 @@ from ..control.obstacles import OWN_DEV, in_namespace
 from ..path.commuter import Commuter
 
 pytestmark = pytest.mark.requires("uffd", "uffd-kernel", "kvm")
-MOVES = int(os.environ.get("POSTCOPY_KVM_MOVES", "5"))
-"""50 and more are for an hour in which the machine has nothing else to do."""
-SECONDS_A_MOVE = 15
-PRECOPY: tuple[str | int, ...] = ("auto", "off", 2)
 VCPUS = ("--vcpus", "2", "--write-ratio", "0.3", "--zero-ratio", "0.1")
 
 
@@ -24,23 +21,6 @@ VCPUS = ("--vcpus", "2", "--write-ratio", "0.3", "--zero-ratio", "0.1")
 def pair() -> Iterator[Pair]:
     with Pair() as pair:
         yield pair
-
-
-@pytest.mark.timeout(30 + MOVES * SECONDS_A_MOVE)
-@pytest.mark.requires("hugetlb", "dirty-tracking")
-def test_two_vcpus_move_to_and_fro(pair: Pair) -> None:
-    """Two regions, so that it works on both sizes of pages at once; steps and writes go on where they were."""
-    commuter = Commuter(pair, "kvm", "16M:hugetlb", "16M", options=VCPUS, kind="kvm")
-    steps = 0
-    for number in range(MOVES):
-        status = commuter.move(precopy=PRECOPY[number % len(PRECOPY)])
-        assert status.pages_total == 8 + 4096
-        assert sum(status.pages.values()) >= status.pages_total
-        assert status.faults_count > 0
-        assert (status.pages["precopy"] > 0) == (PRECOPY[number % len(PRECOPY)] != "off")
-        assert commuter.verified["steps"] > steps + 4096  # a whole pass besides what it had done before
-        steps = commuter.verified["steps"]
-    commuter.end()
 
 
 def test_pages_are_asked_for_once_and_faults_are_timed(pair: Pair) -> None:

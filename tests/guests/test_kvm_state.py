@@ -10,7 +10,7 @@ import pytest
 
 from migrate.errors import PostcopyError
 from migrate.guest.memory import GuestMemory, MemorySpec
-from migrate.guests.kvm.native import KvmConfig, KvmGuestFailedError, KvmMachine, Phase, Report
+from migrate.guests.kvm.native import FailureKind, KvmConfig, KvmGuestFailedError, KvmMachine, Phase, Report
 from migrate.guests.workload.native import StateRefusedError
 
 pytestmark = pytest.mark.requires("kvm")
@@ -103,6 +103,34 @@ def test_state_without_its_memory_is_found(host: Callable[..., Host]) -> None:
     assert report.failure is not None
     with pytest.raises(KvmGuestFailedError):
         there.machine.pause(DEADLINE_SECONDS)
+
+
+def test_wrong_word_is_named(host: Callable[..., Host]) -> None:
+    one = host()
+    one.start()
+    one.verify()
+    one.machine.pause(DEADLINE_SECONDS)
+    page = one.size_bytes // 4096 - 5
+    os.pwrite(one.memory.files[0], b"damaged!", page * 4096 + 8 * 100)
+    one.machine.resume()
+    failure = one.until(lambda now: now.phase is Phase.FAILED).failure
+    assert failure is not None
+    assert (failure.kind, failure.vcpu, failure.block_index, failure.word_index) == (FailureKind.WRONG_WORD, 1, page, 100)
+    assert failure.got == int.from_bytes(b"damaged!", "little")
+    assert f"page {page} of 4 KiB" in str(failure)
+
+
+def test_guest_that_cannot_run_on_says_where(host: Callable[..., Host]) -> None:
+    """Its page tables are gone."""
+    here, there = host(), host()
+    here.start()
+    here.until(lambda now: now.first_step_ns > 0)
+    there.machine.load(here.paused_state())
+    there.machine.resume()
+    failure = there.until(lambda now: now.phase is Phase.FAILED).failure
+    assert failure is not None
+    assert failure.kind is FailureKind.STOPPED
+    assert "a triple fault" in str(failure)
 
 
 def with_version(state: bytes, version: int) -> bytes:

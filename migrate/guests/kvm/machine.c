@@ -434,6 +434,7 @@ int machine_resume(struct machine *machine)
 
 void machine_verify(struct machine *machine)
 {
+    atomic_store(&machine->verifying, machine->vcpus);
     /* The pass under way has begun before, so it does not count. */
     for (uint32_t i = 0; i < machine->vcpus; i++)
         atomic_store(&machine->vcpu[i].passes_wanted, atomic_load(&machine->vcpu[i].passes) + 2);

@@ -83,7 +83,8 @@ int64_t machine_save(const struct machine *machine, uint8_t *state, size_t capac
  * machine in which KVM itself refused a part (-EINVAL too) stays idle, and may be given another. */
 int machine_load(struct machine *machine, const uint8_t *state, size_t size_bytes, const char **why);
 int machine_resume(struct machine *machine);
-/* Count one more in report.verifications once every vCPU has begun and ended a pass over its whole slice. */
+/* Count one more in report.verifications once every vCPU has begun and ended a pass over its whole slice. One at a time;
+ * forgotten by load. */
 void machine_verify(struct machine *machine);
 /* Readable after a first step since resume, a verification, a failure. */
 int machine_event_fd(const struct machine *machine);

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:  # built for another processor
 
 VCPUS_MAX: int = lib.MACHINE_VCPUS_MAX
 STEPS_A_BEAT = 32
+_EXIT_REASONS = {8: "a triple fault (KVM_EXIT_SHUTDOWN)", 9: "KVM_EXIT_FAIL_ENTRY", 17: "KVM_EXIT_INTERNAL_ERROR"}
 _TRIED_BY_DOCTOR = ("/dev/kvm", "KVM_GET_API_VERSION", "KVM_CREATE_VM")
 
 
@@ -66,7 +67,7 @@ class Failure:
 
     def __str__(self) -> str:
         if self.kind is FailureKind.STOPPED:
-            why = errno_text(self.got - 1000) if self.got > 1000 else f"exit reason {self.got}"
+            why = errno_text(self.got - 1000) if self.got > 1000 else _EXIT_REASONS.get(self.got, f"exit reason {self.got}")
             return f"vCPU {self.vcpu} stopped at {self.block_index:#x}: {why}"
         where = f"page {self.block_index} of 4 KiB (offset {self.block_index * 4096:#x}, vCPU {self.vcpu})"
         if self.kind is FailureKind.ROLLED_BACK:
@@ -91,7 +92,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; the failure in words, or None."""
         failure = None if self.failure is None else str(self.failure)
-        return {**asdict(self), "phase": self.phase.name.lower(), "failure": failure}
+        return {**asdict(self), "discards": 0, "phase": self.phase.name.lower(), "failure": failure}
 
 
 class KvmMachine:

@@ -62,10 +62,7 @@ static void fail(struct vcpu *vcpu, struct machine_failure failure)
         if (gate_phase(gate) == GATE_QUIT)
             return;
     } while (!atomic_compare_exchange_weak(&machine->gate, &gate, gate_generation(gate) * GATE_PHASES + MACHINE_FAILED));
-    futex_wake_all(&machine->gate);
-    for (uint32_t i = 0; i < machine->vcpus; i++)
-        if (i != vcpu->index)
-            vcpu_kick(&machine->vcpu[i]);
+    futex_wake_all(&machine->gate); /* nobody is kicked: the others see it at their next heartbeat */
     atomic_fetch_add(&machine->arrivals, 1);
     futex_wake_all(&machine->arrivals);
     signal_event(machine);
@@ -145,9 +142,8 @@ static void pass(struct vcpu *vcpu)
     uint32_t passes = atomic_fetch_add(&vcpu->passes, 1) + 1, wanted = atomic_load(&vcpu->passes_wanted);
     if (wanted == 0 || (int32_t)(passes - wanted) < 0 || !atomic_compare_exchange_strong(&vcpu->passes_wanted, &wanted, 0))
         return;
-    for (uint32_t i = 0; i < machine->vcpus; i++)
-        if (atomic_load(&machine->vcpu[i].passes_wanted) != 0)
-            return; /* whoever is last says so */
+    if (atomic_fetch_sub(&machine->verifying, 1) != 1)
+        return; /* whoever is last says so */
     atomic_fetch_add(&machine->verifications, 1);
     signal_event(machine);
 }

@@ -65,7 +65,7 @@ struct machine {
     struct machine_state *state;
     struct vcpu_state *fresh; /* of each vCPU before it runs */
 
-    _Atomic uint32_t gate, arrivals, verifications;
+    _Atomic uint32_t gate, arrivals, verifications, verifying /* vCPUs that still are */;
     _Atomic uint64_t first_step_ns;
     atomic_flag failure_claimed;
     struct machine_failure failure; /* final once the gate says FAILED */
