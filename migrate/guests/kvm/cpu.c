@@ -86,7 +86,7 @@ const char *cpu_unfit(const struct machine *machine, const struct machine_state 
     return NULL;
 }
 
-static int cpuid_set(struct vcpu *vcpu, const struct state_cpuid *cpuid)
+int cpu_set_cpuid(struct vcpu *vcpu, const struct state_cpuid *cpuid)
 {
     struct cpuid_all all = {.head = {.nent = cpuid->count}};
     memcpy(all.entry, cpuid->entry, cpuid->count * sizeof *cpuid->entry);
@@ -194,7 +194,7 @@ int cpu_load(struct vcpu *vcpu, const struct machine_state *all)
         {"DEBUGREGS", KVM_SET_DEBUGREGS, &state->debugregs, &fresh->debugregs, sizeof state->debugregs},
     };
     vcpu->refused = "CPUID";
-    int result = memcmp(&all->cpuid, &vcpu->machine->cpuid, sizeof all->cpuid) == 0 ? 0 : cpuid_set(vcpu, &all->cpuid);
+    int result = memcmp(&all->cpuid, &vcpu->machine->cpuid, sizeof all->cpuid) == 0 ? 0 : cpu_set_cpuid(vcpu, &all->cpuid);
     for (size_t i = 0; result == 0 && i < sizeof parts / sizeof *parts; i++) {
         const struct part *part = &parts[i];
         bool same = !vcpu->spoiled && part->content != NULL && memcmp(part->content, part->fresh, part->size_bytes) == 0;

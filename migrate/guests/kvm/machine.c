@@ -1,144 +1,21 @@
-/* See machine.h. The controlling thread's side: KVM's objects, threads, the gate. */
+/* See machine.h. The controlling thread's side of the gate: start, pause, state, resume, report. What it stands on is made in open.c. */
 #include "machine.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <sched.h>
-#include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/ioctl.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "futex.h"
-#include "program.h"
 #include "vcpu.h"
 
 #define AWAIT_YIELD_NS 300000 /* vCPUs are out of KVM and read within that, if they have CPUs: those that we yield, rather than let them idle */
-#define FRESH_DEADLINE_NS UINT64_C(5000000000)
-#define TSS_ADDRESS 0xfffbd000 /* VMX wants three pages of its own below 4 GiB */
 
-static int vcpu_open(struct machine *machine, uint32_t index, const char **step)
+void machine_kick_all(struct machine *machine)
 {
-    struct vcpu *vcpu = &machine->vcpu[index];
-    vcpu->machine = machine;
-    vcpu->index = index;
-    *step = "KVM_CREATE_VCPU";
-    vcpu->fd = ioctl(machine->vm_fd, KVM_CREATE_VCPU, index);
-    if (vcpu->fd < 0)
-        return -errno;
-    void *run = mmap(NULL, machine->run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu->fd, 0);
-    if (run == MAP_FAILED)
-        return -errno;
-    vcpu->run = run;
-    vcpu->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
-    struct {
-        struct kvm_cpuid2 head;
-        struct kvm_cpuid_entry2 entry[STATE_CPUID_ENTRIES_MAX];
-    } cpuid = {.head = {.nent = machine->cpuid.count}};
-    memcpy(cpuid.entry, machine->cpuid.entry, sizeof cpuid.entry);
-    *step = "KVM_SET_CPUID2";
-    if (ioctl(vcpu->fd, KVM_SET_CPUID2, &cpuid) < 0)
-        return -errno;
-    *step = "KVM_GET_TSC_KHZ";
-    int tsc_khz = ioctl(vcpu->fd, KVM_GET_TSC_KHZ, 0);
-    machine->tsc_khz = tsc_khz > 0 ? (uint32_t)tsc_khz : 0;
-    return tsc_khz > 0 ? 0 : -ENODEV;
-}
-
-/* What the monitor cannot do without (all of it in Linux 4.17 and later). */
-static int capabilities(struct machine *machine, const char **step)
-{
-    static const struct {
-        int number, least;
-        const char *name;
-    } needed[] = {
-        {KVM_CAP_USER_MEMORY, 1, "KVM_CAP_USER_MEMORY"},       {KVM_CAP_SYNC_MMU, 1, "KVM_CAP_SYNC_MMU"},
-        {KVM_CAP_IMMEDIATE_EXIT, 1, "KVM_CAP_IMMEDIATE_EXIT"}, {KVM_CAP_SYNC_REGS, 7, "KVM_CAP_SYNC_REGS"},
-        {KVM_CAP_XSAVE, 1, "KVM_CAP_XSAVE"},                   {KVM_CAP_XCRS, 1, "KVM_CAP_XCRS"},
-        {KVM_CAP_DEBUGREGS, 1, "KVM_CAP_DEBUGREGS"},           {KVM_CAP_MP_STATE, 1, "KVM_CAP_MP_STATE"},
-        {KVM_CAP_GET_TSC_KHZ, 1, "KVM_CAP_GET_TSC_KHZ"},
-    };
-    for (size_t i = 0; i < sizeof needed / sizeof *needed; i++)
-        if (*step = needed[i].name, ioctl(machine->vm_fd, KVM_CHECK_EXTENSION, needed[i].number) < needed[i].least)
-            return -EOPNOTSUPP;
-    int xsave_bytes = ioctl(machine->vm_fd, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
-    machine->xsave_bytes = xsave_bytes > (int)sizeof(struct kvm_xsave) ? (uint32_t)xsave_bytes : sizeof(struct kvm_xsave);
-    *step = "KVM_CAP_XSAVE2";
-    return machine->xsave_bytes <= STATE_XSAVE_BYTES_MAX ? 0 : -EOPNOTSUPP;
-}
-
-static int vm_open(struct machine *machine, const char **step)
-{
-    *step = "/dev/kvm";
-    machine->kvm_fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    if (machine->kvm_fd < 0)
-        return -errno;
-    *step = "KVM_GET_API_VERSION";
-    if (ioctl(machine->kvm_fd, KVM_GET_API_VERSION, 0) != KVM_API_VERSION)
-        return -EOPNOTSUPP;
-    *step = "KVM_CREATE_VM";
-    machine->vm_fd = ioctl(machine->kvm_fd, KVM_CREATE_VM, 0);
-    int run_bytes = ioctl(machine->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
-    if (machine->vm_fd < 0 || run_bytes < 0)
-        return -errno;
-    machine->run_bytes = (uint64_t)run_bytes;
-    int result = capabilities(machine, step);
-    if (result != 0)
-        return result;
-    ioctl(machine->vm_fd, KVM_SET_TSS_ADDR, TSS_ADDRESS); /* where there is none, none is wanted */
-    struct kvm_enable_cap split = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {24}};
-    machine->lapic = ioctl(machine->vm_fd, KVM_ENABLE_CAP, &split) == 0;
-    *step = "KVM_GET_SUPPORTED_CPUID";
-    return cpu_supported(machine->kvm_fd, &machine->cpuid);
-}
-
-static int memory_place(struct machine *machine, const char **step)
-{
-    uint64_t physical = GUEST_PHYSICAL_BASE;
-    *step = "KVM_SET_USER_MEMORY_REGION";
-    for (uint32_t i = 0; i < machine->region_count; i++) {
-        struct kvm_userspace_memory_region region = {
-            .slot = i, .guest_phys_addr = physical, .memory_size = machine->region[i].size_bytes,
-            .userspace_addr = machine->region[i].address};
-        if (ioctl(machine->vm_fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
-            return -errno;
-        physical += machine->region[i].size_bytes;
-    }
-    *step = "a slice of the memory for each vCPU";
-    for (uint32_t i = 0; i < machine->vcpus; i++)
-        if (!boot_slice(machine, i, &machine->vcpu[i].slice))
-            return -EINVAL;
-    return 0;
-}
-
-static int threads_start(struct machine *machine, const char **step)
-{
-    /* Signals belong to the threads of whoever embeds us; but for the kick, and those that a touch of memory raises. */
-    sigset_t blocked, before;
-    sigfillset(&blocked);
-    sigdelset(&blocked, SIGBUS);
-    sigdelset(&blocked, SIGSEGV);
-    sigdelset(&blocked, vcpu_kick_signal());
-    int result = vcpu_kick_install();
-    *step = "a thread";
-    atomic_store(&machine->gate, GATE_PHASES + GATE_FRESH);
-    pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    while (result == 0 && machine->threads < machine->vcpus) {
-        struct vcpu *vcpu = &machine->vcpu[machine->threads];
-        char name[16];
-        result = -pthread_create(&vcpu->thread, NULL, vcpu_main, vcpu);
-        if (result != 0)
-            break;
-        snprintf(name, sizeof name, "vcpu-%u", machine->threads % MACHINE_VCPUS_MAX); /* the bound tells the compiler that it fits */
-        pthread_setname_np(vcpu->thread, name);
-        machine->threads++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    return result;
+    futex_wake_all(&machine->gate);
+    for (uint32_t i = 0; i < machine->threads; i++)
+        vcpu_kick(&machine->vcpu[i]);
 }
 
 static bool all_parked(const struct machine *machine, uint32_t generation)
@@ -149,7 +26,7 @@ static bool all_parked(const struct machine *machine, uint32_t generation)
     return true;
 }
 
-static int await_all(struct machine *machine, uint32_t gate, uint64_t deadline_ns)
+int machine_await_all(struct machine *machine, uint32_t gate, uint64_t deadline_ns)
 {
     uint64_t yield_end_ns = clock_monotonic_ns() + AWAIT_YIELD_NS;
     for (;;) {
@@ -174,104 +51,12 @@ static uint32_t next_generation(uint32_t gate)
 }
 
 /* The first vCPU that could not be read or loaded, or NULL. */
-static const struct vcpu *first_refused(const struct machine *machine)
+const struct vcpu *machine_first_refused(const struct machine *machine)
 {
     for (uint32_t i = 0; i < machine->vcpus; i++)
         if (machine->vcpu[i].result != 0)
             return &machine->vcpu[i];
     return NULL;
-}
-
-static int fresh_await(struct machine *machine, const char **step)
-{
-    int result = await_all(machine, GATE_PHASES + GATE_FRESH, clock_monotonic_ns() + FRESH_DEADLINE_NS);
-    const struct vcpu *refused = result == 0 ? first_refused(machine) : NULL;
-    if (refused != NULL) {
-        *step = refused->refused;
-        result = refused->result;
-    }
-    atomic_store(&machine->gate, GATE_PHASES + MACHINE_IDLE);
-    return result;
-}
-
-static int open_all(struct machine *machine, const char **step)
-{
-    *step = "memory";
-    machine->seen = calloc(machine->blocks, sizeof *machine->seen);
-    machine->state = calloc(1, sizeof *machine->state);
-    machine->fresh = calloc(machine->vcpus, sizeof *machine->fresh);
-    machine->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (machine->seen == NULL || machine->state == NULL || machine->fresh == NULL || machine->event_fd < 0)
-        return machine->event_fd < 0 ? -errno : -ENOMEM;
-    memset(machine->seen, 0, machine->blocks * sizeof *machine->seen); /* populated here, not amid a measured fault */
-    int result = vm_open(machine, step);
-    for (uint32_t i = 0; result == 0 && i < machine->vcpus; i++)
-        result = vcpu_open(machine, i, step);
-    if (result == 0)
-        result = memory_place(machine, step);
-    if (result == 0)
-        result = threads_start(machine, step);
-    return result == 0 ? fresh_await(machine, step) : result;
-}
-
-int machine_create(struct machine **made, const struct machine_region *regions, uint32_t region_count, uint32_t vcpus,
-                   const char **step)
-{
-    *step = "the machine";
-    *made = NULL;
-    if (region_count < 1 || region_count > MACHINE_REGIONS_MAX || vcpus < 1 || vcpus > MACHINE_VCPUS_MAX)
-        return -EINVAL;
-    struct machine *machine = calloc(1, sizeof *machine);
-    if (machine == NULL)
-        return -ENOMEM;
-    machine->kvm_fd = machine->vm_fd = machine->event_fd = -1;
-    machine->vcpus = vcpus;
-    machine->region_count = region_count;
-    for (uint32_t i = 0; i < vcpus; i++)
-        machine->vcpu[i].fd = -1;
-    for (uint32_t i = 0; i < region_count; i++) {
-        machine->region[i] = regions[i];
-        machine->memory_bytes += regions[i].size_bytes;
-    }
-    machine->blocks = machine->memory_bytes / GUEST_BLOCK_BYTES;
-    atomic_flag_clear(&machine->failure_claimed);
-    int result = machine->memory_bytes > MACHINE_BYTES_MAX ? -EINVAL : open_all(machine, step);
-    if (result == 0)
-        *made = machine;
-    else
-        machine_destroy(machine);
-    return result;
-}
-
-static void kick_all(struct machine *machine)
-{
-    futex_wake_all(&machine->gate);
-    for (uint32_t i = 0; i < machine->threads; i++)
-        vcpu_kick(&machine->vcpu[i]);
-}
-
-void machine_destroy(struct machine *machine)
-{
-    if (machine == NULL)
-        return;
-    atomic_store(&machine->gate, gate_generation(atomic_load(&machine->gate)) * GATE_PHASES + GATE_QUIT);
-    kick_all(machine);
-    for (uint32_t i = 0; i < machine->threads; i++)
-        pthread_join(machine->vcpu[i].thread, NULL);
-    for (uint32_t i = 0; i < machine->vcpus; i++) {
-        if (machine->vcpu[i].run != NULL)
-            munmap(machine->vcpu[i].run, machine->run_bytes);
-        if (machine->vcpu[i].fd >= 0)
-            close(machine->vcpu[i].fd);
-    }
-    int descriptors[] = {machine->vm_fd, machine->kvm_fd, machine->event_fd};
-    for (size_t i = 0; i < sizeof descriptors / sizeof *descriptors; i++)
-        if (descriptors[i] >= 0)
-            close(descriptors[i]);
-    free(machine->seen);
-    free(machine->state);
-    free(machine->fresh);
-    free(machine);
 }
 
 static bool config_valid(const struct machine_config *config)
@@ -322,9 +107,9 @@ int machine_pause(struct machine *machine, uint64_t deadline_ns)
     uint32_t generation = next_generation(gate), pausing = generation * GATE_PHASES + GATE_PAUSING;
     if (!atomic_compare_exchange_strong(&machine->gate, &gate, pausing))
         return -EBADMSG;
-    kick_all(machine);
-    int result = await_all(machine, pausing, deadline_ns);
-    if (result == 0 && first_refused(machine) != NULL)
+    machine_kick_all(machine);
+    int result = machine_await_all(machine, pausing, deadline_ns);
+    if (result == 0 && machine_first_refused(machine) != NULL)
         result = -EIO;
     uint32_t next = generation * GATE_PHASES + (result == 0 ? MACHINE_PAUSED : MACHINE_RUNNING);
     if (result != -EBADMSG && !atomic_compare_exchange_strong(&machine->gate, &pausing, next))
@@ -371,15 +156,6 @@ static int tsc_take(struct machine *machine, uint32_t tsc_khz)
             return -EINVAL;
     machine->tsc_khz = tsc_khz;
     return 0;
-}
-
-static void histogram_clear(struct histogram *histogram)
-{
-    for (uint32_t i = 0; i < HISTOGRAM_BUCKETS; i++)
-        atomic_store_explicit(&histogram->bucket[i], 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->count, 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->sum_ns, 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->max_ns, 0, memory_order_relaxed);
 }
 
 /* What a machine knows of its guest besides KVM. */

@@ -83,6 +83,11 @@ static inline uint32_t gate_generation(uint32_t gate)
     return gate / GATE_PHASES;
 }
 
+/* machine.c, for open.c too. await: until all have acknowledged this gate; -ETIMEDOUT, or -EBADMSG where a failing vCPU moves it. */
+void machine_kick_all(struct machine *machine);
+int machine_await_all(struct machine *machine, uint32_t gate, uint64_t deadline_ns);
+const struct vcpu *machine_first_refused(const struct machine *machine); /* the first that could not be read, or NULL */
+
 void *vcpu_main(void *argument); /* its struct vcpu */
 void vcpu_kick(struct vcpu *vcpu);
 int vcpu_kick_install(void); /* the signal's handler, which does nothing; 0 or a negative errno */
@@ -90,6 +95,7 @@ int vcpu_kick_signal(void);
 
 /* cpu.c: what KVM is asked for and given. 0 or a negative errno. */
 int cpu_supported(int kvm_fd, struct state_cpuid *cpuid);
+int cpu_set_cpuid(struct vcpu *vcpu, const struct state_cpuid *cpuid);
 int cpu_read(struct vcpu *vcpu, struct vcpu_state *state);
 int cpu_read_fresh(struct vcpu *vcpu);
 int cpu_load(struct vcpu *vcpu, const struct machine_state *state);
