@@ -17,19 +17,24 @@ from migrate.session import MigrationStatus
 VERIFY_DEADLINE_SECONDS = 30.0
 LINUX_OWN_MIB = 128
 """What the kernel needs besides the area that is worked on."""
+GUEST_OPTIONS = {
+    "workload": ("--threads", "2", "--pattern", "zipf", "--write-ratio", "0.3", "--zero-ratio", "0.1"),
+    "kvm": ("--vcpus", "2", "--write-ratio", "0.3", "--zero-ratio", "0.1"),
+}
+"""By kind of guest; the one that waits takes the first of them too: as many threads."""
 
 
-def run(memory: str, *, as_json: bool) -> None:
-    """The built-in guest. Raises PostcopyError when the migration did not complete or the guest is not intact."""
+def run(memory: str, *, kind: str = "workload", as_json: bool) -> None:
+    """A guest of our own. Raises PostcopyError when the migration did not complete or the guest is not intact."""
 
     def tell(text: str) -> None:
         typer.echo(text, err=as_json)
 
     with Pair() as pair:
         tell_daemons(pair, tell)
-        options = ("--threads", "2", "--pattern", "zipf", "--write-ratio", "0.3", "--zero-ratio", "0.1")
-        arrived = pair.guest(pair.destination, "demo-there", memory, "--threads", "2", waiting=True)
-        guest = pair.guest(pair.source, "demo", memory, *options)
+        options = GUEST_OPTIONS[kind]
+        arrived = pair.guest(pair.destination, "demo-there", memory, *options[:2], waiting=True, kind=kind)
+        guest = pair.guest(pair.source, "demo", memory, *options, kind=kind)
         guest.event("stepped", deadline_seconds=60)
         tell(f"a guest of {memory} is at work at the source; moving it to the destination")
         now = move("demo", pair.source, pair.destination, tell)

@@ -25,6 +25,7 @@ class Row:
 ROWS = (
     Row("uffd", "process guests, 4 KiB pages", "guests", "core", guests.userfaultfd),
     Row("uffd-kernel", "faults in the kernel (KVM, read)", "guests", "used", guests.kernel_mode_faults),
+    Row("kvm", "KVM guests", "guests", "used", guests.kvm),
     Row("hugetlb-2m", "2 MiB pages", "guests", "used", guests.huge_pages),
     Row("dirty-tracking", "precopy: written pages told", "guests", "used", guests.dirty_tracking),
     Row("shared-memory", "tmpfs memory", "guests", "used", limits.shared_memory),
@@ -37,7 +38,6 @@ ROWS = (
     Row("memory-locking", "locked memory", "limits", "used", limits.memory_locking),
     Row("clock", "clock", "limits", "used", limits.clock),
     Row("runtime-directory", "runtime directory", "limits", "used", limits.runtime_directory),
-    Row("kvm", "KVM guests", "later", "later", guests.kvm),
     Row("qemu", "QEMU guests", "later", "later", guests.qemu),
     Row("hugetlb-1g", "1 GiB pages", "later", "later", guests.gigantic_pages),
     Row("poison", "lost pages as SIGBUS", "later", "later", guests.poison),

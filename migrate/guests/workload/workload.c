@@ -136,15 +136,6 @@ static bool config_valid(const struct workload *workload, const struct workload_
            slice_init(&slice, workload->memory, workload->memory_blocks, config->threads, 0, config->seed);
 }
 
-static void histogram_clear(struct histogram *histogram)
-{
-    for (uint32_t i = 0; i < HISTOGRAM_BUCKETS; i++)
-        atomic_store_explicit(&histogram->bucket[i], 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->count, 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->sum_ns, 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->max_ns, 0, memory_order_relaxed);
-}
-
 /* Every worker as at the beginning of this configuration; all are parked. Costs nothing that grows with memory. */
 static void configure(struct workload *workload, const struct workload_config *config)
 {
