@@ -63,9 +63,7 @@ class Qemu:
         """What QEMU itself knows to stand in the way. Raises GuestRefusedError."""
         known = {one["capability"] for one in self.monitor.execute("query-migrate-capabilities")}
         if missing := [name for name in CAPABILITIES if name not in known]:
-            raise GuestRefusedError(
-                "QEMU", expected=f"migration capability {', '.join(missing)} (QEMU 4.2 to 7.2 and later)", got="none"
-            )
+            raise GuestRefusedError("QEMU", expected=f"migration capability {', '.join(missing)} (QEMU 4.0 or later)", got="none")
         wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
         self.monitor.execute("migrate-set-capabilities", capabilities=wanted)
         self.monitor.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BYTES_A_SECOND)
