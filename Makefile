@@ -9,7 +9,7 @@ SOURCES := meson.build meson.options README.md LICENSE \
   $(shell find migrate proto \( -name __pycache__ -prune \) -o -print) $(shell find tests -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help system build demo test lint bench sanitize torture clean
+.PHONY: help system build demo test lint bench sanitize torture guest-image clean
 
 help:
 	@echo 'make demo      set up and watch a live guest move between two daemons (ARGS="--memory 128M")'
@@ -18,6 +18,7 @@ help:
 	@echo 'make torture   the long version of tests/torture, and its table (ARGS="--torture-seed 2")'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make sanitize  the C core alone under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
+	@echo 'make guest-image  the Linux test guest: kernel of Debian, /init of our own, in build/guest/'
 	@echo 'make build     .venv with the package in it, and nothing more'
 	@echo 'make system    install what the system lacks (as root; without root: say what)'
 	@echo 'make clean     remove .venv, build directories and caches'
@@ -39,6 +40,16 @@ system:
 
 build: system .venv/installed.stamp
 
+# Debian's kernel is downloaded once; /init is rebuilt when it, or what is linked into it, changes.
+build/guest/vmlinuz: deploy/guest-image.sh | system
+	@mkdir -p $(@D)
+	@sh deploy/guest-image.sh kernel $(@D)
+
+build/guest/initramfs.cpio: build/guest/vmlinuz $(wildcard migrate/guests/linux/*.[ch] migrate/guests/workload/*.[ch] migrate/dataplane/histogram.[ch])
+	@sh deploy/guest-image.sh initramfs $(@D)
+
+guest-image: build/guest/initramfs.cpio
+
 demo: build
 	@.venv/bin/postcopy demo $(ARGS)
 
@@ -47,16 +58,18 @@ lint: build
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# Where the image cannot be made the tests that need it are deselected, and the summary says so.
 # POSTCOPY_REQUIRE: what this machine can do must be tested; the rest is deselected, each with its reason (tests/README.md).
 test: lint
+	@$(MAKE) --no-print-directory guest-image || echo 'make test: goes on without the Linux test guest'
 	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
 	  echo "POSTCOPY_REQUIRE=$$POSTCOPY_REQUIRE" && $(PY) -P -m pytest $(ARGS)
 
-torture: build
+torture: build guest-image
 	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
 	  $(PY) -P -m pytest tests/torture --torture $(ARGS)
 
-bench: build
+bench: build guest-image
 	@.venv/bin/postcopy bench $(ARGS)
 
 sanitize: build

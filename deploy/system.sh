@@ -53,6 +53,11 @@ command -v systemd-analyze >/dev/null || lacks "systemd-analyze (the tests try t
 for tool in prometheus promtool; do
     command -v "$tool" >/dev/null || { lacks "$tool" prometheus; break; }
 done
+# The Linux test guest is an x86-64 machine (make guest-image).
+if [ "$(uname -m)" = x86_64 ]; then
+    command -v qemu-system-x86_64 >/dev/null || lacks "qemu-system-x86_64" qemu-system-x86
+    command -v cpio >/dev/null || lacks "cpio" cpio
+fi
 
 [ -n "$packages" ] || exit 0
 [ -z "${POSTCOPY_SYSTEM_INSTALLED-}" ] || fail "still missing after the installation; see above"

@@ -66,7 +66,7 @@ HUGE_BYTES_A_SECOND = 128 << 20
 """Huge pages are allocated before the guest is accepted, at this rate at least: a third of the slowest that was seen."""
 PAUSE_DEADLINE_SECONDS = 1.0
 FIRST_STEP_SECONDS = 0.005
-"""How long bulk waits for word of the guest's first step at the destination."""
+"""How long bulk waits for word of the guest's first step at the destination, where the guest does not ask for more (wake_ms)."""
 
 
 class SourceMigration(Departure):
@@ -155,6 +155,7 @@ class SourceMigration(Departure):
                 software=f"postcopy {__version__}",
                 precopy=self._rounds.tracked,
                 streams=self.streams,
+                machine=self.guest.hello.machine,
             )
         )
         huge_bytes = sum(region.size_bytes for region in regions if region.page_bytes > 4096)
@@ -273,12 +274,14 @@ class SourceMigration(Departure):
     async def _serve_until_complete(self) -> None:
         assert self._control is not None
         assert self._plane is not None
+        assert self.guest.hello is not None
+        wake_seconds = self.guest.hello.wake_ms / 1000
         if self.bulk:
             # Bulk would compete with the demand faults of the guest's first step; it begins behind it.
-            self._loop.call_later(FIRST_STEP_SECONDS, self._open_bulk)
+            self._loop.call_later(wake_seconds or FIRST_STEP_SECONDS, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
-            if self.bulk:
+            if self.bulk and not wake_seconds:
                 self._open_bulk()
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             if isinstance(message, Complete):

@@ -19,6 +19,7 @@ PAGE_BYTES = (4096, 2 << 20, 1 << 30)
 STREAMS_MAX = 8
 DISCARD_RANGES_MAX = 256
 DISCARD_PAGES_MAX = 4096
+WAKE_MS_MAX = 1000
 
 MonotonicNs = Annotated[int, Field(ge=0, lt=1 << 63)]
 SizeBytes = Annotated[int, Field(gt=0, le=1 << 50)]
@@ -68,6 +69,7 @@ class Offer(Message):
     software: Text
     precopy: bool = False
     streams: Streams = 1
+    machine: Text | None = None
 
 
 class Accept(Message):
@@ -273,6 +275,8 @@ class Hello(Message):
     offers: Annotated[list[Name], Field(max_length=32)] = []
     declares: Annotated[list[Name], Field(max_length=32)] = []
     remove_means: Literal["zero", "keep"] | None = None
+    machine: Text | None = None
+    wake_ms: Annotated[int, Field(ge=0, le=WAKE_MS_MAX)] = 0
 
     @model_validator(mode="after")
     def _files_named(self) -> Self:

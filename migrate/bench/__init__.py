@@ -1,5 +1,6 @@
 """``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved. ``resolvers``, asked for by
-name, compares what the kernel offers with itself: it has neither floor nor bounds (resolvers.py).
+name, compares what the kernel offers with itself: it has neither floor nor bounds (resolvers.py). ``kvm``, by name too, needs
+/dev/kvm.
 
 Absolutes belong to one machine at one time; the ratios travel. What is recorded of the machine is CPU model, cores,
 memory and kernel version number.
@@ -15,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from migrate.bench import resolvers
+from migrate.bench import kvm, resolvers
 from migrate.bench.figures import Bound, Result
 from migrate.bench.huge import huge_stream, huge_urgent
 from migrate.bench.hybrid import hybrid
@@ -25,7 +26,7 @@ from migrate.bench.streams import streams
 from migrate.bench.tracking import tracking
 from migrate.errors import HostLacksError, PostcopyError
 
-SCENARIOS = {
+USUAL = {
     **POSTCOPY,
     "hybrid": hybrid,
     "tracking": tracking,
@@ -34,6 +35,7 @@ SCENARIOS = {
     "huge-urgent": huge_urgent,
     "huge-stream": huge_stream,
 }
+SCENARIOS = {**USUAL, kvm.NAME: kvm.kvm}
 
 
 def environment() -> dict[str, Any]:
@@ -53,7 +55,7 @@ def run(names: list[str], json_path: Path | None, *, check: bool, tiny: bool) ->
     known = [*SCENARIOS, resolvers.NAME]
     if unknown := set(names) - set(known):
         raise PostcopyError("scenario", expected=", ".join(known), got=", ".join(sorted(unknown)), code="usage")
-    wanted = [name for name in names if name in SCENARIOS] if names else list(SCENARIOS)
+    wanted = [name for name in names if name in SCENARIOS] if names else list(USUAL)
     results: list[Result] = []
     console = Console(highlight=False, width=None if os.isatty(1) else 120)
     for function in dict.fromkeys(SCENARIOS[name] for name in wanted):

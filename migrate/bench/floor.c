@@ -3,6 +3,7 @@
  *
  *   postcopy-floor fault-idle          first touches, nothing else going on     [--memory-bytes N --touches N --seed N]
  *   postcopy-floor fault-under-stream  first touches beside a full-rate stream  [the same]
+ *   postcopy-floor fault-kvm           first touches by a KVM guest (x86-64)     [the same; all of its pages]
  *   postcopy-floor stream              the whole memory, and its cost in CPU    [--memory-bytes N --zero-per-mille N --seed N]
  *   postcopy-floor huge-urgent         first touches of pages of 2 MiB          [--memory-bytes N --seed N]
  *   postcopy-floor huge-stream         a whole memory of such pages             [the same]
@@ -103,12 +104,25 @@ static void print_hops(const struct floor_world *world)
     print_latencies(world->report);
 }
 
+#ifdef FLOOR_KVM
+static void *map_shared(size_t size_bytes);
+
+static void start_fault_kvm(struct floor_world *world)
+{
+    world->source_memory = map_shared(world->options.memory_bytes);
+    floor_fault(world);
+}
+#endif
+
 static const struct scenario {
     const char *name;
     void (*start)(struct floor_world *world);
     void (*print)(const struct floor_world *world);
 } scenarios[] = {
     {"fault-idle", floor_fault, print_fault_idle}, {"fault-under-stream", floor_fault, print_fault_under_stream},
+#ifdef FLOOR_KVM
+    {"fault-kvm", start_fault_kvm, print_fault_idle},
+#endif
     {"stream", floor_stream, print_stream},        {"hops", floor_hops, print_hops},
     {"huge-urgent", floor_huge, print_fault_idle}, {"huge-stream", floor_huge, print_huge_stream},
     {"warm", NULL, NULL},
@@ -117,7 +131,7 @@ static const struct scenario {
 static _Noreturn void refuse(const char *why)
 {
     fprintf(stderr,
-            "postcopy-floor: %s\nusage: postcopy-floor fault-idle|fault-under-stream|stream|huge-urgent|huge-stream|hops|warm [--memory-bytes N]"
+            "postcopy-floor: %s\nusage: postcopy-floor fault-idle|fault-under-stream|fault-kvm|stream|huge-urgent|huge-stream|hops|warm [--memory-bytes N]"
             " [--touches N | --moves N]\n       [--seed N] [--zero-per-mille N] [--deadline-seconds N]"
             " [--congestion-control NAME|system]\n", why);
     exit(2);

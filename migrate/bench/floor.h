@@ -37,9 +37,10 @@ struct floor_world {
     struct floor_options options;
     uint64_t pages, page_bytes;
     struct floor_report *report;
+    unsigned char *source_memory; /* fault-kvm: where the guest has its first life; NULL: made by the source itself */
     unsigned char *pool;        /* memory_bytes of warm memory, let go just before the measurement: see floor.c */
     int listener;               /* TCP on loopback, made before the processes are */
-    int guest_end[2], daemon_end[2]; /* unix socket pairs; all but hops use the first */
+    int guest_end[2], daemon_end[2]; /* unix socket pairs; hops and fault-kvm use the second too */
 };
 
 /* The guest's memory as its own process sees it, and as the destination does once the descriptors have come. Of 4 KiB pages one more
@@ -88,6 +89,7 @@ void floor_release_end_page(const struct floor_memory *memory);
 
 /* floor_fault.c, floor_stream.c, floor_hops.c, floor_huge.c: the scenarios. Each starts its processes and returns. */
 void floor_fault(struct floor_world *world);
+void floor_kvm_guest(struct floor_world *world); /* floor_kvm.c, where there is one */
 void floor_stream(struct floor_world *world);
 void floor_hops(struct floor_world *world);
 void floor_huge(struct floor_world *world);

@@ -99,8 +99,13 @@ static void *stream_thread(void *argument)
 
 static void source(struct floor_world *world)
 {
-    struct source self = {.world = world, .memory = floor_source_memory(world)};
+    struct source self = {.world = world, .memory = world->source_memory};
     pthread_t thread = 0;
+    char byte;
+    if (self.memory == NULL)
+        self.memory = floor_source_memory(world);
+    else
+        floor_check(floor_receive(world->daemon_end[1], &byte, 1) == 1, "the guest's pause");
     self.urgent = floor_accept(world->listener);
     if (under_stream(world)) {
         self.bulk = floor_accept(world->listener);
@@ -196,5 +201,9 @@ void floor_fault(struct floor_world *world)
 {
     floor_start("source", source, world);
     floor_start("destination", destination, world);
+#ifdef FLOOR_KVM
+    floor_start("guest", world->source_memory != NULL ? floor_kvm_guest : guest, world);
+#else
     floor_start("guest", guest, world);
+#endif
 }

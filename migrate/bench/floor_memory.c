@@ -46,16 +46,18 @@ static int create_memfd(const struct floor_world *world, uint64_t size_bytes, un
     return memfd;
 }
 
-static int create_uffd(void)
+/* KVM's faults are taken inside the kernel. */
+static int create_uffd(int kernel_faults)
 {
+    int flags = O_CLOEXEC | (kernel_faults ? 0 : UFFD_USER_MODE_ONLY);
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
     int uffd = -1;
     if (device >= 0) {
-        uffd = ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+        uffd = ioctl(device, USERFAULTFD_IOC_NEW, flags);
         close(device);
     }
     if (uffd < 0)
-        uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+        uffd = (int)syscall(SYS_userfaultfd, flags);
     floor_expect(uffd >= 0, "userfaultfd (neither /dev/userfaultfd nor the system call)");
     return uffd;
 }
@@ -67,7 +69,7 @@ void floor_guest_create(const struct floor_world *world, struct floor_memory *me
     uint64_t size_bytes = (memory->pages + (world->page_bytes == PAGE_BYTES)) * world->page_bytes;
     memory->memfd = create_memfd(world, size_bytes, &memory->mapping);
     memory->guest_address = (uint64_t)memory->mapping;
-    memory->uffd = create_uffd();
+    memory->uffd = create_uffd(world->source_memory != NULL);
     struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_MINOR_HUGETLBFS};
     floor_expect(ioctl(memory->uffd, UFFDIO_API, &api) == 0, "UFFDIO_API with MINOR_SHMEM and MINOR_HUGETLBFS");
     struct uffdio_register range = {.range = {memory->guest_address, size_bytes},

@@ -27,7 +27,7 @@ def huge_urgent(tiny: bool) -> Result:
     require_pages(size_bytes)
     product, bare = Latencies(HUGE_STALL_NS), Latencies()
     with bench_pair() as pair:
-        shuttle = Shuttle(pair, "huge", size_bytes, "--pattern", "permute", "--write-ratio", "0", kind=":hugetlb")
+        shuttle = Shuttle(pair, "huge", size_bytes, "--pattern", "permute", "--write-ratio", "0", memory_kind=":hugetlb")
         for round_number in range(rounds):
             shuttle.move(bulk=False)
             product.add(shuttle.first_touches())
@@ -44,7 +44,7 @@ def huge_stream(tiny: bool) -> Result:
     rates: list[float] = []
     floor_rates: list[float] = []
     with bench_pair() as pair:
-        shuttle = Shuttle(pair, "huge", size_bytes, "--rate", "1", kind=":hugetlb")
+        shuttle = Shuttle(pair, "huge", size_bytes, "--rate", "1", memory_kind=":hugetlb")
         for round_number in range(rounds):
             rates.append(size_bytes / postcopy_seconds(shuttle.move()))
             with shuttle.frozen():

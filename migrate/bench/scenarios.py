@@ -32,11 +32,13 @@ def bench_pair(*, polling: bool = False) -> Pair:
 class Shuttle:
     """One guest moved to and fro between two daemons; its two processes take turns in being the guest."""
 
-    def __init__(self, pair: Pair, name: str, size_bytes: int, *options: str, kind: str = "") -> None:
+    def __init__(
+        self, pair: Pair, name: str, size_bytes: int, *options: str, memory_kind: str = "", kind: str = "workload"
+    ) -> None:
         self.size_bytes = size_bytes
-        memory = f"{size_bytes // MIB}M{kind}"
-        here = pair.guest(pair.source, f"{name}-a", memory, "--stay", "--no-verify", *options)
-        there = pair.guest(pair.destination, f"{name}-b", memory, "--stay", "--no-verify", *options, waiting=True)
+        memory = f"{size_bytes // MIB}M{memory_kind}"
+        here = pair.guest(pair.source, f"{name}-a", memory, "--stay", "--no-verify", *options, kind=kind)
+        there = pair.guest(pair.destination, f"{name}-b", memory, "--stay", "--no-verify", *options, waiting=True, kind=kind)
         here.event("stepped", deadline_seconds=60)
         self._ends: list[tuple[DaemonProcess, Process]] = [(pair.source, here), (pair.destination, there)]
         self.arrived: dict[str, object] = {}

@@ -79,12 +79,13 @@ def main() -> None:
 
 
 def _register() -> None:
-    from migrate.cli import daemons, doctor, guests, migrations, trials
+    from migrate.cli import daemons, doctor, guests, kvm, migrations, trials
 
     commands: tuple[Callable[[typer.Typer, typer.Typer], None], ...] = (
         daemons.register,
         doctor.register,
         guests.register,
+        kvm.register,
         migrations.register,
         trials.register,
     )

@@ -1,4 +1,4 @@
-"""``postcopy guest workload``: run the built-in guest."""
+"""``postcopy guest …``: run a guest."""
 
 from typing import Annotated
 
@@ -11,6 +11,7 @@ RatioOption = Annotated[float, typer.Option(min=0, max=1)]
 
 def register(_: typer.Typer, guest_app: typer.Typer) -> None:
     guest_app.command()(workload)
+    guest_app.command()(qemu)
     guest_app.callback()(_guests)
 
 
@@ -73,3 +74,21 @@ def workload(
             config=config,
         )
     )
+
+
+def qemu(
+    command: Annotated[list[str], typer.Argument(help="Behind `--`: QEMU and its options, as you start it yourself.")],
+    guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "qemu",
+    daemon: DaemonOption = "source",
+    waiting: Annotated[bool, typer.Option("--waiting", help="Wait for a guest of the same command line to arrive.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="After departing, wait for the next guest.")] = False,
+    memory_kind: Annotated[str, typer.Option(help="memfd, or hugetlb: pages of 2 MiB.")] = "memfd",
+) -> None:
+    """Your own virtual machine: QEMU by your own command line, with what moving it needs added."""
+    from migrate.daemon_paths import GUEST_SOCKET
+    from migrate.errors import PostcopyError
+    from migrate.guests.qemu.guest import QemuOptions, run
+
+    if memory_kind not in ("memfd", "hugetlb"):
+        raise PostcopyError("memory-kind", expected="memfd or hugetlb", got=memory_kind, code="usage")
+    run(QemuOptions(guest_id, runtime_dir_of(daemon) / GUEST_SOCKET, command, memory_kind, waiting, stay))

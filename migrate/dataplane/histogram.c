@@ -31,6 +31,15 @@ void histogram_record(struct histogram *histogram, uint64_t value_ns)
         ;
 }
 
+void histogram_clear(struct histogram *histogram)
+{
+    for (uint32_t i = 0; i < HISTOGRAM_BUCKETS; i++)
+        atomic_store_explicit(&histogram->bucket[i], 0, memory_order_relaxed);
+    atomic_store_explicit(&histogram->count, 0, memory_order_relaxed);
+    atomic_store_explicit(&histogram->sum_ns, 0, memory_order_relaxed);
+    atomic_store_explicit(&histogram->max_ns, 0, memory_order_relaxed);
+}
+
 void histogram_read(const struct histogram *histogram, struct histogram_copy *copy)
 {
     copy->count = 0;

@@ -31,6 +31,7 @@ struct histogram_copy {
 };
 
 void histogram_record(struct histogram *histogram, uint64_t value_ns);
+void histogram_clear(struct histogram *histogram);
 void histogram_read(const struct histogram *histogram, struct histogram_copy *copy);
 void histogram_add(struct histogram_copy *into, const struct histogram_copy *other);
 

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,9 +18,7 @@ from typing import Literal, Protocol
 import structlog
 
 from migrate.errors import PauseFailedError, PeerRefusedError, PostcopyError
-from migrate.guest.memory import GuestMemory
 from migrate.guest.schedule import prefer_latency
-from migrate.guest.tracking import WriteTracking
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -30,6 +28,7 @@ from proto.messages import (
     GuestFailed,
     GuestPrepare,
     GuestPrepared,
+    GuestRegion,
     GuestReleased,
     Hello,
     Message,
@@ -61,6 +60,27 @@ class GuestRole(StrEnum):
     WAITING = "waiting"  # takes a guest
     ARRIVING = "arriving"  # runs here, its memory is still coming: refuses to be a source
     DEPARTED = "departed"  # released: whole somewhere else
+
+
+class Tracked(Protocol):
+    """Memory whose writes are seen, until it is closed."""
+
+    pagemap_fd: int
+
+    def close(self) -> None: ...
+
+
+class Memory(Protocol):
+    """What an agent hands to its daemon: GuestMemory, or that of another process."""
+
+    files: list[int]
+    regions: list[GuestRegion]
+
+    def register(self, *, remove_events: bool = False) -> int:
+        """A userfaultfd over all of it, MISSING|MINOR; the caller closes it."""
+
+    def track(self) -> Tracked:
+        """Raises PostcopyError, OSError: then there is no precopy."""
 
 
 class Machine(Protocol):
@@ -97,14 +117,19 @@ class Agent:
     def __init__(
         self,
         guest_id: str,
-        memory: GuestMemory,
+        memory: Memory,
         machine: Machine,
         role: GuestRole,
         remove_means: Literal["zero", "keep"] | None = None,
+        declares: Sequence[str] = (),
+        machine_kind: str | None = None,
+        wake_ms: int = 0,
     ) -> None:
-        """``remove_means``: what its REMOVE events mean for pages that have not come; None: it raises none."""
+        """What ``hello`` says of the guest (PROTOCOL.md). ``remove_means``: what its REMOVE events mean for pages that have not
+        come; None: it raises none. ``machine_kind``: what it is, in its own words: it moves only to one that says the same."""
         self.guest_id, self.memory, self.machine, self.role = guest_id, memory, machine, role
-        self._remove_means = remove_means
+        self._remove_means, self._declares = remove_means, list(declares)
+        self._machine_kind, self._wake_ms = machine_kind, wake_ms
         self._discards_told = 0  # and not answered
         self.userfaultfd = memory.register(remove_events=remove_means is not None) if role is GuestRole.WAITING else -1
         self._epoch: int | None = None
@@ -113,7 +138,7 @@ class Agent:
         if machine.event_fd() >= 0:
             self._machine_events.register(machine.event_fd(), select.POLLIN)
         self._socket: socket.socket | None = None
-        self._tracking: WriteTracking | None = None
+        self._tracking: Tracked | None = None
         self._decoder = guest_decoder()
         self._unserved: list[Message] = []
         self._handlers: dict[type[Message], Callable[..., None]] = {
@@ -143,6 +168,9 @@ class Agent:
             regions=self.memory.regions,
             memory_files=len(self.memory.files),
             remove_means=self._remove_means,
+            machine=self._machine_kind,
+            wake_ms=self._wake_ms,
+            declares=self._declares,
             offers=["tracking"],  # also of a waiting guest: once it is whole it can be moved on
         )
         descriptors = self.memory.files + ([self.userfaultfd] if role == "waiting" else [])
@@ -284,7 +312,7 @@ class Agent:
             self._send(TrackFailed(reason=f"the guest is {self.role}, not running here as a whole"))
             return
         try:
-            self._tracking = WriteTracking(self.memory.regions)
+            self._tracking = self.memory.track()
         except (PostcopyError, OSError) as error:
             self._send(TrackFailed(reason=str(error)))
             return

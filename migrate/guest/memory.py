@@ -15,6 +15,7 @@ from typing import Literal
 from migrate import uffd
 from migrate.errors import HostLacksError, PostcopyError
 from migrate.guest._guest import ffi, lib
+from migrate.guest.tracking import WriteTracking
 from migrate.host import hugepages, sentences
 from proto.messages import GuestRegion
 
@@ -137,6 +138,10 @@ class GuestMemory:
             userfaultfd.close()
             raise
         return userfaultfd.detach()
+
+    def track(self) -> WriteTracking:
+        """Raises HostLacksError, UserfaultfdError, OSError: then there is no precopy."""
+        return WriteTracking(self.regions)
 
     def close(self) -> None:
         lib.mapping_release(self._address, self.size_bytes)

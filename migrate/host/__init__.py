@@ -37,6 +37,7 @@ PROBES: dict[str, Callable[[], Feature]] = {
     "timens": suite.timens,
     "zram": suite.zram,
     "root": suite.root,
+    "linux-guest": suite.linux_guest,
     "asan": lambda: suite.sanitizer("asan", "address,undefined", "libasan, libubsan"),
     "tsan": lambda: suite.sanitizer("tsan", "thread", "libtsan"),
     "uffd-full": suite_kernel.full_userfaultfd,

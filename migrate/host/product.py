@@ -25,6 +25,7 @@ class Row:
 ROWS = (
     Row("uffd", "process guests, 4 KiB pages", "guests", "core", guests.userfaultfd),
     Row("uffd-kernel", "faults in the kernel (KVM, read)", "guests", "used", guests.kernel_mode_faults),
+    Row("kvm", "KVM guests", "guests", "used", guests.kvm),
     Row("hugetlb-2m", "2 MiB pages", "guests", "used", guests.huge_pages),
     Row("hugetlb-1g", "1 GiB pages", "guests", "used", guests.gigantic_pages),
     Row("dirty-tracking", "precopy: written pages told", "guests", "used", guests.dirty_tracking),
@@ -38,7 +39,6 @@ ROWS = (
     Row("memory-locking", "locked memory", "limits", "used", limits.memory_locking),
     Row("clock", "clock", "limits", "used", limits.clock),
     Row("runtime-directory", "runtime directory", "limits", "used", limits.runtime_directory),
-    Row("kvm", "KVM guests", "later", "later", guests.kvm),
     Row("qemu", "QEMU guests", "later", "later", guests.qemu),
     Row("poison", "lost pages as SIGBUS", "later", "later", guests.poison),
     Row("move", "pages moved, not copied", "later", "later", guests.move),

@@ -6,9 +6,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from migrate.errors import HostLacksError
+from migrate.guests.linux.machine import GuestImage
 from migrate.host import cgroup, sentences
 from migrate.host.feature import Feature
-from migrate.host.guests import GIGANTIC_PAGE_BYTES, huge_pages
+from migrate.host.guests import GIGANTIC_PAGE_BYTES, huge_pages, qemu
 from migrate.host.hugepages import GIGANTIC_PAGES_WANTED, HUGEPAGE_BYTES, HUGEPAGES_WANTED, pool
 from migrate.host.rights import unprivileged_userfaultfd
 
@@ -147,6 +149,18 @@ def zram() -> Feature:
     if why:
         return Feature("zram", False, why, "be root with CAP_SYS_ADMIN, with devtmpfs at /dev, and install util-linux")
     return Feature("zram", True, "a zram device can be made and used as swap")
+
+
+def linux_guest() -> Feature:
+    """QEMU, and the image that it boots."""
+    machine = qemu()
+    if not machine.available:
+        return Feature("linux-guest", False, machine.reason, machine.remedy)
+    try:
+        image = GuestImage.find()
+    except HostLacksError as error:
+        return Feature("linux-guest", False, error.why, error.remedy)
+    return Feature("linux-guest", True, f"{image.kernel.parent} and {machine.reason}")
 
 
 def root() -> Feature:

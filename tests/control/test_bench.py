@@ -60,6 +60,18 @@ def test_shaped_wants_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "left out: shaped link" in capsys.readouterr().out
 
 
+@pytest.mark.requires("kvm", "uffd-kernel")
+def test_kvm_scenario_runs(tmp_path: Path) -> None:
+    report = tmp_path / "kvm.json"
+    command = [*COMMAND, "bench", "kvm", "--tiny", "--json", str(report)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    [scenario] = json.loads(report.read_text())["scenarios"]
+    assert scenario["product"]["n"] == 4
+    assert scenario["figures"]["faults"] > 1000
+    assert scenario["figures"]["fault_p50_over_floor"] > 0
+
+
 def test_scenario_that_nobody_knows() -> None:
     run = subprocess.run([*COMMAND, "bench", "warp"], capture_output=True, text=True, timeout=20, check=False)
     assert run.returncode == 2

@@ -12,20 +12,30 @@ POLL_SECONDS = 0.005
 
 
 class Commuter:
-    """Two workload guests that stay: one runs, the other waits, and they change roles with each move."""
+    """Two guests of one kind that stay: one runs, the other waits, and they change roles with each move."""
 
     waits: Process
     runs: Process
     goes_to: DaemonProcess
     is_at: DaemonProcess
+    verified: dict[str, Any]
+    """What the guest told when it had last checked itself."""
 
-    def __init__(self, pair: Pair, name: str, *memory: str, options: tuple[str, ...] = (), there: Process | None = None) -> None:
+    def __init__(
+        self,
+        pair: Pair,
+        name: str,
+        *memory: str,
+        options: tuple[str, ...] = (),
+        there: Process | None = None,
+        kind: str = "workload",
+    ) -> None:
         """``there``: one that waits at the destination already."""
         extra = [argument for more in memory[1:] for argument in ("--memory", more)]
         arguments = [memory[0], *extra, "--stay", *options]
         self.pair = pair
-        self.waits = there or pair.guest(pair.destination, f"{name}-there", *arguments, waiting=True)
-        self.runs = pair.guest(pair.source, f"{name}-here", *arguments)
+        self.waits = there or pair.guest(pair.destination, f"{name}-there", *arguments, waiting=True, kind=kind)
+        self.runs = pair.guest(pair.source, f"{name}-here", *arguments, kind=kind)
         self.goes_to, self.is_at = pair.destination, pair.source
         self.runs.event("stepped", deadline_seconds=DEADLINE_SECONDS)
 
@@ -37,7 +47,7 @@ class Commuter:
         """To the other daemon; complete and verified there when this returns. Raises AssertionError."""
         status = self.pair.move(self.guest_id, self.is_at, self.goes_to, bulk=bulk, **precopy)
         assert status.state == "complete", status.error
-        self.arrived()
+        self.verified = self.arrived()
         return status
 
     def arrived(self) -> dict[str, Any]:

@@ -18,7 +18,16 @@ BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
 OPTIONS = {"plain": "none", "asan": "address,undefined", "tsan": "thread"}
 RUNTIMES = {"plain": None, "asan": b"__asan_init", "tsan": b"__tsan_init"}
-MAINS = ("dataplane-main", "precopy-main", "discard-main", "chunks-main", "pacer-main", "workload-main")
+MAINS = (
+    "dataplane-main",
+    "precopy-main",
+    "discard-main",
+    "chunks-main",
+    "pacer-main",
+    "workload-main",
+    "kvm-main",
+    "kvm-state-main",
+)
 STRICT = {"UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
 BUILDS = [
@@ -124,3 +133,16 @@ def test_pacer(programs: Path) -> None:
 def test_workload(programs: Path) -> None:
     patterns = ["sequential", "random", "zipf", "chase", "permute"]
     assert run_main(programs / "workload-main", "1000", "10") == [f"{pattern}: held" for pattern in patterns]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("kvm")
+def test_kvm_guest(programs: Path) -> None:
+    assert run_main(programs / "kvm-main", "4", "3") == ["commute: held", "damaged: held", "rolled-back: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("kvm")
+def test_kvm_state(programs: Path) -> None:
+    """Its parser on 6,000 states that were cut, flipped, spliced or made up, their checksums right."""
+    assert run_main(programs / "kvm-state-main", "1", "6000") == ["state: held"]

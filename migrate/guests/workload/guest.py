@@ -8,7 +8,6 @@ import gc
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Any
 
 import structlog
 
-from migrate.errors import PostcopyError
 from migrate.guest.agent import Agent, GuestRole
+from migrate.guest.attaching import attach_when_there
 from migrate.guest.memory import GuestMemory, MemorySpec
 from migrate.guests.workload.native import BLOCK_BYTES, Workload, WorkloadConfig
-from proto.errors import ProtocolError
 from proto.messages import Discard, GuestFailed, Message, PageRange, Stepped
 
 log = structlog.get_logger("postcopy.workload")
-RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,7 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
             machine.start()
         attached = False
         while agent.role is not GuestRole.DEPARTED:
-            _attach(agent, options.socket_path, again=attached)
+            attach_when_there(agent, options.socket_path, again=attached)
             attached = True
             say("waiting" if agent.role is GuestRole.WAITING else "started")
             agent.run()
@@ -169,21 +166,3 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
         machine.workload.close()
         agent.close()
         memory.close()
-
-
-def _attach(agent: Agent, socket_path: Path, *, again: bool) -> None:
-    """Try until the daemon is there: it may be starting, or starting again. ``again``: this guest has been attached before, so
-    no refusal ends it either. Raises PostcopyError, ProtocolError, OSError at the first attachment."""
-    told = ""
-    for attempt in range(1_000_000):
-        try:
-            agent.attach(socket_path)
-            return
-        except (OSError, PostcopyError, ProtocolError) as error:
-            if not again and not isinstance(error, ConnectionError | FileNotFoundError):
-                raise
-            if told != str(error):
-                told = str(error)
-                log.warning("not attached yet, trying again", guest=agent.guest_id, socket=str(socket_path), reason=told)
-            time.sleep(RECONNECT_SECONDS[min(attempt, len(RECONNECT_SECONDS) - 1)])
-    raise PostcopyError(f"daemon at {socket_path}", expected="an answer", got="none")

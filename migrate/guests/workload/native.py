@@ -143,7 +143,8 @@ class Report:
         }
 
 
-def _touches(copy: Any) -> Touches:
+def touches(ffi: Any, lib: Any, copy: Any) -> Touches:
+    """Of a ``struct histogram_copy``, with the extension that it comes from."""
     return Touches(
         count=copy.count,
         sum_seconds=copy.sum_ns / 1e9,
@@ -261,8 +262,8 @@ class Workload:
             last_step_ns=raw.last_step_ns,
             first_step_ns=raw.first_step_ns,
             failure=_failure(raw.failure),
-            touch=_touches(raw.touch),
-            first_touch=_touches(raw.first_touch),
+            touch=touches(ffi, lib, raw.touch),
+            first_touch=touches(ffi, lib, raw.first_touch),
         )
 
     def _check(self, call: str, result: int) -> int:

@@ -11,6 +11,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "futex.h"
 #include "pattern.h"
 #include "verify.h"
 #include "workload.h"
@@ -86,9 +87,5 @@ static inline uint32_t gate_generation(uint32_t gate)
 
 /* A thread's whole life; argument: its struct worker. */
 void *worker_main(void *argument);
-
-/* Sleep while *word == value, until woken or deadline_ns (CLOCK_MONOTONIC; UINT64_MAX: none). May return early. */
-void futex_wait(const _Atomic uint32_t *word, uint32_t value, uint64_t deadline_ns);
-void futex_wake_all(const _Atomic uint32_t *word);
 
 #endif

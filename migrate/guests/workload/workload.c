@@ -136,15 +136,6 @@ static bool config_valid(const struct workload *workload, const struct workload_
            slice_init(&slice, workload->memory, workload->memory_blocks, config->threads, 0, config->seed);
 }
 
-static void histogram_clear(struct histogram *histogram)
-{
-    for (uint32_t i = 0; i < HISTOGRAM_BUCKETS; i++)
-        atomic_store_explicit(&histogram->bucket[i], 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->count, 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->sum_ns, 0, memory_order_relaxed);
-    atomic_store_explicit(&histogram->max_ns, 0, memory_order_relaxed);
-}
-
 /* Every worker as at the beginning of this configuration; all are parked. Costs nothing that grows with memory. */
 static void configure(struct workload *workload, const struct workload_config *config)
 {
@@ -412,6 +403,14 @@ uint64_t workload_last_step_ns(const struct workload *workload)
 uint64_t workload_first_step_ns(const struct workload *workload)
 {
     return atomic_load(&workload->first_step_ns);
+}
+
+uint64_t workload_steps(const struct workload *workload)
+{
+    uint64_t steps = 0;
+    for (uint32_t i = 0; i < atomic_load(&workload->active); i++)
+        steps += atomic_load(&workload->worker[i].steps);
+    return steps;
 }
 
 void workload_read(const struct workload *workload, struct workload_report *report)

@@ -72,7 +72,7 @@ struct workload_report {
 
 struct workload;
 
-/* workload_read, _verify, _reset_touches and _event_fd may be called by any thread at any time; the others by one thread at
+/* workload_read, _steps, _verify, _reset_touches and _event_fd may be called by any thread at any time; the others by one thread at
  * a time. What returns int answers 0 or a negative errno: -EBADMSG once a check has failed (report.failure says
  * which), -EINVAL and -EBUSY out of turn. Nothing from pause to resume costs more for more memory. */
 
@@ -111,6 +111,7 @@ int workload_event_fd(const struct workload *workload);
 /* Just the two times of the report: read within a downtime. */
 uint64_t workload_last_step_ns(const struct workload *workload);
 uint64_t workload_first_step_ns(const struct workload *workload);
+uint64_t workload_steps(const struct workload *workload); /* of the report likewise: cheap enough to be read every millisecond */
 void workload_read(const struct workload *workload, struct workload_report *report);
 
 #endif
