@@ -1,0 +1,162 @@
+"""What moves a machine, and what its guest saw of that: the same figures, from the same guest, whoever moved it.
+
+Nothing a mover says of itself is believed but its count of bytes. Downtime is what the guest's heartbeats tell (debugcon.py):
+the last at the source to the first at the destination, demand faults included; once for the thread that only beats, once for the
+touching threads. Fault latencies are the guest's own touches during the move that took longer than FAULT_NS.
+"""
+
+import contextlib
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from migrate.bench.figures import Latencies
+from migrate.errors import PostcopyError
+from migrate.guests.linux.debugcon import Debugcon, Told, beats_between
+from migrate.guests.linux.machine import GuestImage, LinuxGuest
+
+FAULT_NS = 16_000
+"""A touch that took longer was a fault. Others take 0.1 to 4 µs under TCG; what is left of interrupts in the guest (some 200 a
+second take 20 to 60 µs) is the same for every mover."""
+MACHINE = ("qemu-system-x86_64", "-machine", "pc,accel=tcg")
+BOOT_SECONDS = 60.0
+TOLD_SECONDS = 20.0
+MOVE_SECONDS = 120.0
+WARM_SECONDS = 0.5
+"""Of work before a move: the guest has run on, and the pages it works on are those of its pattern."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What a mover knows. Times are CLOCK_MONOTONIC of this process, around all that it did."""
+
+    begun_ns: int
+    ended_ns: int
+    """All memory is at the destination."""
+    moved_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Seconds, bytes, and counts of the guest's."""
+
+    downtime_seconds: float
+    """Between two heartbeats."""
+    touch_gap_seconds: float
+    """Between two heartbeats that tell of completed steps."""
+    longest_gap_seconds: float
+    """Between two heartbeats that tell of steps, from the last one at the source to the end of the move."""
+    total_seconds: float
+    moved_bytes: int
+    lost_beats: int
+    fault_buckets: dict[int, int]
+
+    def faults(self) -> dict[str, float]:
+        latencies = Latencies(FAULT_NS)
+        latencies.add(self.fault_buckets.items())
+        return latencies.figures()
+
+
+class Mover(ABC):
+    """One machine, moved again and again by ``move``, and stopped while others are measured (``frozen``)."""
+
+    name: str
+
+    def __init__(self, guest: LinuxGuest, image: GuestImage, directory: Path) -> None:
+        self._guest, self._image, self._directory = guest, image, directory
+        self._launched = 0
+        self._debugcons: list[Debugcon] = []
+
+    @abstractmethod
+    def _launch(self, command: list[str], number: int, *, arriving: bool) -> None:
+        """A machine of this command line: running, or ``arriving`` and ready for what ``_migrate`` sends to it."""
+
+    @abstractmethod
+    def _migrate(self, *, precopy: bool, preempt: bool) -> Moved:
+        """To the one that was launched last; the old one is gone when this returns."""
+
+    @abstractmethod
+    def _pids(self) -> list[int]:
+        """Of everything that runs for the machine now."""
+
+    @abstractmethod
+    def _end(self) -> None:
+        """All that was launched."""
+
+    def boot(self) -> None:
+        self._launch_next(arriving=False).wait_line("ready", BOOT_SECONDS)
+
+    def move(self, *, precopy: bool, preempt: bool = False) -> Move:
+        """Raises PostcopyError, also when the guest found itself broken."""
+        source = self._debugcons[-1]
+        destination = self._launch_next(arriving=True)
+        before = _reported(source, since_ns=time.monotonic_ns() + int(WARM_SECONDS * 1e9))
+        moved = self._migrate(precopy=precopy, preempt=preempt)
+        after = _reported(destination, since_ns=moved.ended_ns)
+        source.close()
+        self._debugcons.remove(source)
+        if damage := [*source.told.damage, *destination.told.damage]:
+            raise PostcopyError(f"guest moved by {self.name}", expected="to be intact", got=damage[0].fields)
+        return measured(moved, source.told, destination.told, before, after)
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Beside another machine's measurement it must not work."""
+        for pid in self._pids():
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in self._pids():
+                os.kill(pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        self._end()
+        for debugcon in self._debugcons:
+            debugcon.close()
+
+    def _launch_next(self, *, arriving: bool) -> Debugcon:
+        self._launched += 1
+        path = self._directory / f"{self.name}-{self._launched}"
+        socket_path = path.with_suffix(".debugcon")
+        debugcon = Debugcon(socket_path, arriving=arriving)
+        self._debugcons.append(debugcon)
+        arguments = self._guest.arguments(self._image, socket_path, serial=path.with_suffix(".serial"))
+        self._launch([*MACHINE, *arguments], self._launched, arriving=arriving)
+        return debugcon
+
+
+def _reported(debugcon: Debugcon, since_ns: int) -> dict[int, int]:
+    """The touches, as told by the first report that was begun after this time."""
+
+    def told_since(told: Told) -> bool:
+        reports = [line.at_ns for line in told.lines[-20:] if line.word == "report"]
+        return len(reports) > 1 and reports[-2] > since_ns  # the one behind it: its touches have come
+
+    debugcon.wait(told_since, "a report", TOLD_SECONDS)
+    with debugcon.changed:
+        return dict(debugcon.told.touches)
+
+
+def measured(moved: Moved, source: Told, destination: Told, before: dict[int, int], after: dict[int, int]) -> Move:
+    """``before``, ``after``: latencies of all touches, as told at these times. Raises PostcopyError for a guest in two places."""
+    last, first = source.beats[-1], destination.beats[0]
+    if first.at_ns < last.at_ns:
+        raise PostcopyError("guest", expected="to run in one place", got=f"heartbeats of both for {last.at_ns - first.at_ns} ns")
+    last_stepped = next(beat for beat in reversed(source.beats) if beat.stepped)
+    stepped = [last_stepped, *(beat for beat in destination.beats if beat.stepped)]
+    gaps = [(begin.at_ns, end.at_ns - begin.at_ns) for begin, end in pairwise(stepped)]
+    return Move(
+        downtime_seconds=(first.at_ns - last.at_ns) / 1e9,
+        touch_gap_seconds=gaps[0][1] / 1e9,
+        longest_gap_seconds=max(gap_ns for began_ns, gap_ns in gaps if began_ns <= moved.ended_ns) / 1e9,
+        total_seconds=(moved.ended_ns - moved.begun_ns) / 1e9,
+        moved_bytes=moved.moved_bytes,
+        lost_beats=beats_between(last, first),
+        fault_buckets={low_ns: count - before.get(low_ns, 0) for low_ns, count in after.items()},
+    )
