@@ -32,7 +32,7 @@ from migrate.metrics import Totals
 from migrate.network import Address, accept, answer, listen, receive_preamble, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
-from migrate.region import shape_of, shape_text
+from migrate.region import fit_text, shape_of
 from migrate.room import Room
 from migrate.session import Migration
 from migrate.source import SourceMigration
@@ -125,11 +125,12 @@ class Daemon:
         """A waiting guest that fits: the one of that name, else any. Raises GuestRefusedError saying why none does."""
         waiting = [guest for guest in self.guests.values() if guest.state is GuestState.WAITING]
         wanted = shape_of(offer.regions)
-        fitting = [guest for guest in waiting if guest.shape == wanted]
+        fitting = [guest for guest in waiting if guest.shape == wanted and guest.machine == offer.machine]
         if fitting:
             return next((guest for guest in fitting if guest.guest_id == offer.guest_id), fitting[0])
-        there = ", ".join(f"{guest.guest_id}: {shape_text(guest.shape)}" for guest in waiting) or "no waiting guest at all"
-        raise GuestRefusedError("waiting guest", expected=shape_text(wanted), got=there, code="no-guest-fits")
+        there = "; ".join(f"{guest.guest_id}: {fit_text(guest.shape, guest.machine)}" for guest in waiting)
+        expected = fit_text(wanted, offer.machine)
+        raise GuestRefusedError("waiting guest", expected=expected, got=there or "no waiting guest at all", code="no-guest-fits")
 
     # --- migrations -------------------------------------------------------------------------------------------------
 

@@ -91,6 +91,10 @@ class GuestLink:
         return shape_of(self.hello.regions) if self.hello else []
 
     @property
+    def machine(self) -> str | None:
+        return self.hello.machine if self.hello else None
+
+    @property
     def size_bytes(self) -> int:
         return sum(region.size_bytes for region in self.regions)
 

@@ -200,9 +200,14 @@ class Pair:
     def guest(self, daemon: DaemonProcess, guest_id: str, memory: str, *options: str, waiting: bool = False) -> Process:
         """A workload guest, attached when this returns."""
         arguments = ["guest", "workload", "--id", guest_id, "--daemon", str(daemon.runtime_dir), "--memory", memory, *options]
-        child = Process(guest_id, [*arguments, *(["--waiting"] if waiting else [])], self.directory / f"{guest_id}.log")
-        self._children.append(child)
+        child = self.child(guest_id, [*arguments, *(["--waiting"] if waiting else [])])
         child.event("waiting" if waiting else "started")
+        return child
+
+    def child(self, name: str, arguments: Sequence[str]) -> Process:
+        """Any other command of ours, ended with the rest."""
+        child = Process(name, arguments, self.directory / f"{name}.log")
+        self._children.append(child)
         return child
 
     def move(

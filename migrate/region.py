@@ -102,3 +102,8 @@ def shape_of(regions: Sequence[GuestRegion] | Sequence[OfferedRegion]) -> list[t
 
 def shape_text(shape: Sequence[tuple[int, int]]) -> str:
     return " + ".join(f"{size_bytes >> 20} MiB of {page_bytes >> 10} KiB pages" for size_bytes, page_bytes in shape)
+
+
+def fit_text(shape: Sequence[tuple[int, int]], machine: str | None) -> str:
+    """What another guest must have alike: its regions, and what it says to be."""
+    return shape_text(shape) if machine is None else f"{shape_text(shape)}, {machine}"

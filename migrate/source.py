@@ -64,8 +64,6 @@ HUGE_BYTES_A_SECOND = 128 << 20
 PAUSE_DEADLINE_SECONDS = 1.0
 PEER_REASON_SECONDS = 1.0
 """How long the word on the control connection may come after the end of a data connection."""
-FIRST_STEP_SECONDS = 0.005
-"""How long bulk waits for word of the guest's first step at the destination."""
 
 
 class SourceMigration(Migration):
@@ -148,6 +146,7 @@ class SourceMigration(Migration):
                 clock_id=our_clock,
                 software=f"postcopy {__version__}",
                 precopy=self._tracked,
+                machine=self.guest.hello.machine,
             )
         )
         huge_bytes = sum(region.size_bytes for region in regions if region.page_bytes > 4096)
@@ -315,7 +314,8 @@ class SourceMigration(Migration):
         assert self._plane is not None
         if self.bulk:
             # Bulk would compete with the demand faults of the guest's first step; it begins behind it.
-            self._loop.call_later(FIRST_STEP_SECONDS, self._open_bulk)
+            assert self.guest.hello is not None
+            self._loop.call_later(self.guest.hello.first_step_ms / 1000, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
             if self.bulk:

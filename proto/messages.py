@@ -18,6 +18,7 @@ REGIONS_MAX = 64
 PAGE_BYTES = (4096, 2 << 20, 1 << 30)
 DISCARD_RANGES_MAX = 256
 DISCARD_PAGES_MAX = 4096
+FIRST_STEP_MS_MAX = 1000
 
 MonotonicNs = Annotated[int, Field(ge=0, lt=1 << 63)]
 SizeBytes = Annotated[int, Field(gt=0, le=1 << 50)]
@@ -65,6 +66,7 @@ class Offer(Message):
     clock_id: Text
     software: Text
     precopy: bool = False
+    machine: Text | None = None
 
 
 class Accept(Message):
@@ -247,6 +249,8 @@ class Hello(Message):
     offers: Annotated[list[Name], Field(max_length=32)] = []
     declares: Annotated[list[Name], Field(max_length=32)] = []
     remove_means: Literal["zero", "keep"] | None = None
+    machine: Text | None = None
+    first_step_ms: Annotated[int, Field(ge=0, le=FIRST_STEP_MS_MAX)] = 5
 
     @model_validator(mode="after")
     def _files_named(self) -> Self:

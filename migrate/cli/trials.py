@@ -14,12 +14,20 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
 
 
 def demo(
-    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb].")] = "512M", as_json: JsonOption = False
+    memory: Annotated[str, typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb].")] = "512M",
+    guest: Annotated[
+        str, typer.Option(help="workload, the built-in one; qemu: Linux in a QEMU (make guest-image).")
+    ] = "workload",
+    as_json: JsonOption = False,
 ) -> None:
     """Two daemons, a guest at work, one migration, and a guest that proves itself intact afterwards."""
-    from migrate.demo import run
+    from migrate import demo
+    from migrate.errors import PostcopyError
 
-    run(memory, as_json=as_json)
+    demos = {"workload": demo.run, "qemu": demo.run_qemu}
+    if guest not in demos:
+        raise PostcopyError("guest", expected=" or ".join(demos), got=guest, code="usage")
+    demos[guest](memory, as_json=as_json)
 
 
 def bench(

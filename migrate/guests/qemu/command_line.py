@@ -15,11 +15,12 @@ MONITOR_ID = "postcopy-qmp"
 DEFAULT_MEMORY_BYTES = 128 << 20
 """QEMU's own, for a command line without -m."""
 _SUFFIX = {"b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_FLAGS = frozenset(
-    "alt-grab async-teardown ctrl-grab curses daemonize enable-fips enable-kvm full-screen h help mem-prealloc no-acpi no-fd-bootchk "
-    "no-hpet no-quit no-reboot no-shutdown no-user-config nodefaults nographic old-param only-migratable portrait preconfig S "
-    "semihosting singlestep snapshot usb version win2k-hack xen-attach xen-domid-restrict".split()
-)
+_FLAGS = frozenset({
+    "alt-grab", "async-teardown", "ctrl-grab", "curses", "daemonize", "enable-fips", "enable-kvm", "full-screen", "h",
+    "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet", "no-quit", "no-reboot", "no-shutdown",
+    "no-user-config", "nodefaults", "nographic", "old-param", "only-migratable", "portrait", "preconfig", "S",
+    "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
+})  # fmt: skip
 """Options without a value (qemu-options.hx of 7.2 to 9); every other one takes the next word."""
 
 
@@ -44,18 +45,18 @@ class Option:
 
     @classmethod
     def of(cls, name: str, value: str) -> "Option":
+        """QEMU's two ways to write one: ``head,key=value``, where ``head`` may be written with its own key, and JSON."""
         if value.startswith("{"):
             try:
                 keys = {key: _text(one) for key, one in _flat(json.loads(value))}
             except ValueError as error:
                 raise CommandLineError(f"-{name} {value}", f"it is no JSON ({error})", "see the manual of QEMU") from error
-            return cls(name, value, keys.get("driver", keys.get("qom-type", "")), keys)
-        first, *rest = (part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", value))
-        keys = dict(part.partition("=")[::2] for part in rest)
-        if "=" in first:
-            key, _, text = first.partition("=")
-            keys = {key: text, **keys}
-        return cls(name, value, keys.get("driver", keys.get("qom-type", "")) if "=" in first else first, keys)
+        else:
+            parts = [part.replace(",,", ",") for part in re.split(r"(?<!,),(?!,)", value)]
+            if "=" not in parts[0]:
+                return cls(name, value, parts[0], dict(part.partition("=")[::2] for part in parts[1:]))
+            keys = dict(part.partition("=")[::2] for part in parts)
+        return cls(name, value, next((keys[key] for key in ("driver", "qom-type", "type") if key in keys), ""), keys)
 
     def __str__(self) -> str:
         return f"-{self.name} {self.value}".rstrip()
@@ -146,7 +147,10 @@ REFUSALS = (
     Refusal("device", _BEHIND, "use a device of QEMU itself", _device("vhost-vdpa.*", "vhost-scsi.*")),
     Refusal("device", _DISCARDS, "leave it out", _device("virtio-balloon.*", "virtio-mem.*")),
     Refusal(
-        "device", "memory that is no part of -m has not been registered", "leave it out", _device("pc-dimm", "nvdimm", "virtio-pmem.*")
+        "device",
+        "memory that is no part of -m has not been registered",
+        "leave it out",
+        _device("pc-dimm", "nvdimm", "virtio-pmem.*"),
     ),
     Refusal("netdev nic net", _BEHIND, "use a backend of QEMU itself (tap, user)", _device("vhost-user", "vhost-vdpa")),
     Refusal("balloon", _DISCARDS, "leave it out", lambda o: o.head != "none"),
@@ -186,7 +190,9 @@ def direct_io(options: Sequence[Option]) -> bool:
 
 def uses_stdio(options: Sequence[Option]) -> bool:
     """Then standard output is the VM's, and what the agent tells goes to standard error."""
-    named = any(option.name in ("serial", "monitor", "chardev", "qmp", "debugcon") and "stdio" in option.value for option in options)
+    named = any(
+        option.name in ("serial", "monitor", "chardev", "qmp", "debugcon") and "stdio" in option.value for option in options
+    )
     return named or any(option.name in ("nographic", "curses") for option in options)
 
 
@@ -220,10 +226,10 @@ class CommandLine:
 
     def completed(self, memory_fd: int, monitor_fd: int, *, waiting: bool) -> list[str]:
         """With the memory backend, the monitor, and the VM stopped until the agent starts it."""
-        backend = f"memory-backend-file,id={MEMORY_ID},size={self.memory_bytes},share=on,prealloc=off,mem-path=/proc/self/fd/{memory_fd}"
+        backend = f"memory-backend-file,id={MEMORY_ID},size={self.memory_bytes},share=on,prealloc=off"
         return [
             *self.words,
-            *("-object", backend, "-machine", f"memory-backend={MEMORY_ID}"),
+            *("-object", f"{backend},mem-path=/proc/self/fd/{memory_fd}", "-machine", f"memory-backend={MEMORY_ID}"),
             *("-chardev", f"socket,id={MONITOR_ID},fd={monitor_fd}", "-mon", f"chardev={MONITOR_ID},mode=control"),
             "-only-migratable",
             "-S",

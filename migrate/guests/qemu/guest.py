@@ -1,8 +1,8 @@
 """``postcopy guest qemu``: a QEMU of the user's own command line, and what its agent tells.
 
-Each event is one JSON line: ``started``, ``waiting``, ``stepped``, ``complete``, ``departed``, ``refused``, on standard output, or on
-standard error where the command line gives that to the VM. With ``stay`` a QEMU that has departed is started anew, to wait for
-a guest; one that was sent a state that it does not take always is.
+Each event is one JSON line: ``started``, ``waiting``, ``stepped``, ``complete``, ``departed``, ``refused``, ``ended``; on
+standard output, or on standard error where the command line gives the former to the VM. With ``stay`` a QEMU that has departed is
+started anew, to wait for a guest; one that was sent a state that it does not take always is.
 """
 
 import gc
@@ -20,7 +20,7 @@ from migrate.errors import PostcopyError
 from migrate.guest.agent import Agent, GuestRole
 from migrate.guest.attaching import attach_when_there
 from migrate.guests.qemu.command_line import CommandLine
-from migrate.guests.qemu.machine import QemuMachine, VmEndedError, VmUndecidedError
+from migrate.guests.qemu.machine import FIRST_STEP_MS, QemuMachine, VmEndedError, VmUndecidedError
 from migrate.guests.qemu.process import Qemu
 from proto.messages import Message, Stepped
 
@@ -67,7 +67,15 @@ def _live(options: QemuOptions, command_line: CommandLine, out: TextIO, *, waiti
         machine = TellingMachine(qemu, out, waiting=waiting)
         role = GuestRole.WAITING if waiting else GuestRole.RUNNING
         declares = ("direct-io",) if command_line.direct_io else ()
-        agent = Agent(options.guest_id, qemu.memory, machine, role, declares=declares)
+        agent = Agent(
+            options.guest_id,
+            qemu.memory,
+            machine,
+            role,
+            declares=declares,
+            machine_kind=qemu.kind,
+            first_step_ms=FIRST_STEP_MS,
+        )
         try:
             return _serve(agent, machine, options.socket_path, out)
         finally:

@@ -1,27 +1,37 @@
 """What the agent drives: pause is a migration of QEMU's into a file, resume one out of a socket.
 
-With x-ignore-shared QEMU's stream holds the devices and the ROMs, a few hundred KB; guest memory stays where it is. QEMU stops the
-VM itself when all but the devices is written, and images are closed for writing before it says `completed`. Nothing is irrevocable until
-the destination's `cont`: the stream is loaded with the VM stopped, and images are taken over by `cont` alone (late-block-activate).
-Loading touches guest memory (192 KiB of firmware shadow), on QEMU's main thread: faults must be resolved meanwhile, and they are.
+With x-ignore-shared QEMU's stream holds the devices and the ROMs, a few hundred KB; guest memory stays where it is. QEMU
+stops the VM itself when all but the devices is written, and closes its images for writing before it says `completed`.
+Nothing is irrevocable until the destination's `cont`: the stream is loaded with the VM stopped, and images are taken over by
+`cont` alone (late-block-activate). Loading touches guest memory (192 KiB of firmware shadow) on QEMU's main thread: faults must
+be resolved meanwhile, and they are, from before `resume`.
 """
 
+import contextlib
 import os
 import select
 import socket
+import threading
 import time
 import zlib
+from collections.abc import Sequence
 
 import structlog
 
 from migrate.errors import DeadlineError, PauseFailedError, PostcopyError
 from migrate.guests.qemu.process import Qemu, monotonic_ns_of
-from migrate.guests.qemu.qmp import CommandRefusedError, Event, QemuEndedError
+from migrate.guests.qemu.qmp import Event, QemuEndedError
 from proto.messages import STATE_BYTES_MAX, Discard, Message, Stepped
 
 LOAD_SECONDS = 4.0
 """Below the five seconds that the daemon waits for `running`."""
+WAKING_SECONDS = 0.03
+"""So long a resumed VM is let alone with its demand faults: no bulk competes with it (measured: half of what it is away)."""
+FIRST_STEP_MS = 60
+"""How long the other side's daemon may wait for word of that."""
 UNDO_SECONDS = 5.0
+FLUSH_SECONDS = 5.0
+"""Of the ten that a daemon waits for `prepared`; what is not written back by then is QEMU's to flush."""
 PLAIN, DEFLATED = b"\0", b"\1"
 STREAM_BYTES_MAX = 64 << 20
 """What a state may inflate to: the largest video memory, and some."""
@@ -36,11 +46,15 @@ class VmEndedError(PostcopyError):
 
     def __init__(self, status: int) -> None:
         self.status = status
-        super().__init__("QEMU", expected="to run", got=f"exit status {status}" if status >= 0 else f"its end by signal {-status}")
+        super().__init__(
+            "QEMU", expected="to run", got=f"exit status {status}" if status >= 0 else f"its end by signal {-status}"
+        )
 
 
 class VmUndecidedError(Exception):
-    """Whether the VM has run here cannot be known: neither `running` nor `resume_failed` may be said. No PostcopyError: those mean no."""
+    """Whether the VM has run here cannot be known: neither `running` nor `resume_failed` may be said.
+
+    No PostcopyError: one that resume() raises means that it has not."""
 
 
 class QemuMachine:
@@ -49,6 +63,7 @@ class QemuMachine:
     def __init__(self, qemu: Qemu, *, waiting: bool) -> None:
         self._qemu, self._monitor = qemu, qemu.monitor
         self._stepped_ns = 0
+        self._awake: threading.Timer | None = None
         self._told_fd = os.eventfd(0)
         self._events = select.epoll()
         for descriptor in (self._told_fd, qemu.ended_fd, self._monitor.fileno()):
@@ -65,7 +80,13 @@ class QemuMachine:
         self._monitor.execute("cont")
 
     def prepare(self) -> None:
+        """QEMU flushes its disks when it stops the VM, within the downtime: what is written back before need not be then."""
         self._monitor.execute("query-status")
+        nodes = self._monitor.execute("query-named-block-nodes", flat=True)
+        paths = {node["file"] for node in nodes if node["drv"] in ("file", "host_device") and not node["ro"]}
+        flushing = threading.Thread(target=_write_back, args=(sorted(paths),), name="flush", daemon=True)
+        flushing.start()
+        flushing.join(FLUSH_SECONDS)
 
     # --- leaving ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +122,9 @@ class QemuMachine:
             outcome = self._monitor.wait("device state", ended, max(0.0, deadline - time.monotonic()))
             if outcome != "completed":
                 info = self._monitor.execute("query-migrate")
-                raise PostcopyError("QEMU's migration", expected="completed", got=f"{outcome}: {info.get('error-desc', 'no reason')}")
+                raise PostcopyError(
+                    "QEMU's migration", expected="completed", got=f"{outcome}: {info.get('error-desc', 'no reason')}"
+                )
             return os.pread(file, os.fstat(file).st_size, 0), stopped_ns
         finally:
             os.close(file)
@@ -144,11 +167,11 @@ class QemuMachine:
             raise PostcopyError("QEMU", expected="to take the device state", got=error, code="state-refused") from error
         try:
             outcome = self._monitor.wait("loading the device state", _migration_ended, LOAD_SECONDS)
-        except QemuEndedError as error:
-            why = "QEMU ended: it has said why on its standard error"
-            raise PostcopyError("device state", expected="one of the same machine", got=why, code="state-refused") from error
+        except QemuEndedError:
+            outcome = "QEMU's end"
         if outcome != "completed":
-            raise PostcopyError("device state", expected="to be loaded", got=outcome, code="state-refused")
+            got = f"{outcome}: QEMU has said why on its standard error"
+            raise PostcopyError("device state", expected="one of the same machine", got=got, code="state-refused")
 
     def _continue(self) -> int:
         """When it ran. From here on the VM may have run, unless QEMU says that it has not."""
@@ -184,13 +207,22 @@ class QemuMachine:
     def event(self) -> Message | None:
         ready = {descriptor for descriptor, _ in self._events.poll(0)}
         if self._told_fd in ready:
-            os.eventfd_read(self._told_fd)
-            return Stepped(first_step_ns=self._stepped_ns)
+            return self._wakes()
         if self._monitor.fileno() in ready and self._qemu.ended_fd not in ready:
             self._tell_events()
         if self._qemu.ended_fd in ready:
             raise VmEndedError(self.status)
         return None
+
+    def _wakes(self) -> Message | None:
+        """Of a VM that has just been resumed, and some time later."""
+        os.eventfd_read(self._told_fd)
+        if self._awake is None:
+            self._awake = threading.Timer(WAKING_SECONDS, os.eventfd_write, (self._told_fd, 1))
+            self._awake.start()
+            return None
+        self._awake.join()
+        return Stepped(first_step_ns=self._stepped_ns)
 
     def _tell_events(self) -> None:
         for event in self._monitor.events():
@@ -204,6 +236,9 @@ class QemuMachine:
         """It tells none."""
 
     def close(self) -> None:
+        if self._awake is not None:
+            self._awake.cancel()
+            self._awake.join()
         self._events.close()
         os.close(self._told_fd)
         if self._stream is not None:
@@ -219,6 +254,16 @@ def _resumed_ns(event: Event) -> int | None:
     return monotonic_ns_of(event) if event["event"] == "RESUME" else None
 
 
+def _write_back(paths: Sequence[str]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):  # not a file of this process: QEMU has it open
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
 def _packed(stream: bytes) -> bytes:
     """As it is, unless it is too long for a state: video memory. Deflating costs some 10 ns a byte, within the downtime."""
     packed = PLAIN + stream
@@ -226,7 +271,9 @@ def _packed(stream: bytes) -> bytes:
         packed = DEFLATED + zlib.compress(stream, 1)
     if len(packed) > STATE_BYTES_MAX:
         raise PauseFailedError(
-            "device state", expected=f"{STATE_BYTES_MAX} bytes at most", got=f"{len(packed)}: choose less video memory, or -vga none"
+            "device state",
+            expected=f"{STATE_BYTES_MAX} bytes at most",
+            got=f"{len(packed)}: choose less video memory, or -vga none",
         )
     return packed
 

@@ -49,6 +49,13 @@ class Preload:
         address, size_bytes, offset_bytes = values
         return Mapping(address, size_bytes, offset_bytes, descriptors[0] if descriptors else -1)
 
+    def check(self) -> None:
+        """Nothing more has come that QEMU could not have. Raises PostcopyError."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        while poll.poll(0):
+            self._receive(MAPPED, -1, ANSWER_SECONDS)
+
     def track(self) -> int:
         """The pagemap of QEMU, whose memory is write-protected asynchronously from now on. Raises PostcopyError."""
         self._send(TRACK)
@@ -81,10 +88,10 @@ class Preload:
         end = time.monotonic() + deadline_seconds
         while ready := poll.poll(max(0.0, end - time.monotonic()) * 1000):
             if self._socket.fileno() not in [fd for fd, _ in ready]:
-                raise PostcopyError("QEMU", expected="to start", got="its end: it has said why", code="guest-failed")
+                break
             data, descriptors, _, _ = socket.recv_fds(self._socket, REPORT.size, 4, socket.MSG_CMSG_CLOEXEC)
             if len(data) != REPORT.size:
-                raise PostcopyError("QEMU", expected="a report of the preloaded object", got="its end", code="guest-failed")
+                break
             kind, error_number, address, size_bytes, offset_bytes, step = REPORT.unpack(data)
             if error_number:
                 what = step.rstrip(b"\0").decode()
@@ -93,6 +100,7 @@ class Preload:
                 return (address, size_bytes, offset_bytes), descriptors
             for descriptor in descriptors:
                 os.close(descriptor)
-        raise DeadlineError(
-            "object preloaded into QEMU", expected=f"its word within {deadline_seconds:.0f} s", got="none: a QEMU linked statically, or set-user-ID?"
-        )
+        else:
+            got = "none: a QEMU linked statically, or set-user-ID?"
+            raise DeadlineError("object preloaded into QEMU", expected=f"its word within {deadline_seconds:.0f} s", got=got)
+        raise PostcopyError("QEMU", expected="to run", got="its end: it has said why", code="guest-failed")

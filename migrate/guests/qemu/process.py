@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 
 from migrate import uffd
 from migrate.errors import GuestRefusedError, PostcopyError
@@ -41,6 +42,8 @@ class Qemu:
             self.memory.attach(self._preload, self._preload.mapping(self.ended_fd, START_SECONDS))
             self.monitor.connect(START_SECONDS)
             self._check()
+            self._preload.check()  # QEMU has answered: it has mapped all that it will
+            self.kind = self._kind()
         except BaseException:
             self.close()
             raise
@@ -60,12 +63,23 @@ class Qemu:
         """What QEMU itself knows to stand in the way. Raises GuestRefusedError."""
         known = {one["capability"] for one in self.monitor.execute("query-migrate-capabilities")}
         if missing := [name for name in CAPABILITIES if name not in known]:
-            raise GuestRefusedError("QEMU", expected=f"migration capability {', '.join(missing)} (QEMU 4.2 to 7.2 and later)", got="none")
+            raise GuestRefusedError(
+                "QEMU", expected=f"migration capability {', '.join(missing)} (QEMU 4.2 to 7.2 and later)", got="none"
+            )
         wanted = [{"capability": name, "state": True} for name in CAPABILITIES]
         self.monitor.execute("migrate-set-capabilities", capabilities=wanted)
         self.monitor.execute("migrate-set-parameters", max_bandwidth=UNLIMITED_BYTES_A_SECOND)
         if blocked := self.monitor.execute("query-migrate").get("blocked-reasons"):
             raise GuestRefusedError("QEMU", expected="a machine that can be migrated", got="; ".join(blocked))
+
+    def _kind(self) -> str:
+        """What both sides must have alike, as far as it can be asked before a state is loaded: that says the rest."""
+        machine = self._type_of("/machine").removesuffix("-machine")
+        cpus = Counter(self._type_of(cpu["qom-path"]) for cpu in self.monitor.execute("query-cpus-fast"))
+        return f"QEMU {machine} with " + ", ".join(f"{count} {name}" for name, count in sorted(cpus.items()))
+
+    def _type_of(self, path: str) -> str:
+        return str(self.monitor.execute("qom-get", path=path, property="type"))
 
     @property
     def pid(self) -> int:

@@ -5,6 +5,7 @@ command. Commands and waits have deadlines, and end at once when QEMU does.
 """
 
 import asyncio
+import contextlib
 import socket
 import time
 from collections import deque
@@ -98,10 +99,8 @@ class Monitor:
     def close(self) -> None:
         if self._loop.is_closed():
             return
-        try:
-            self._loop.run_until_complete(asyncio.wait_for(self._client.disconnect(), COMMAND_SECONDS))
-        except (QMPError, EOFError, OSError, TimeoutError):
-            pass
+        with contextlib.suppress(QMPError, EOFError, OSError, TimeoutError):
+            self._loop.run_until_complete(_within(self._client.disconnect(), COMMAND_SECONDS))
         self._loop.close()
         self._own.close()
         self._socket.close()
@@ -116,7 +115,9 @@ class Monitor:
             raise CommandRefusedError(f"QEMU: {what}", expected="to be done", got=str(error)) from error
         except (ExecInterruptedError, QMPError, EOFError, OSError) as error:
             waited = time.monotonic() - began
-            raise QemuEndedError(f"QEMU: {what}", expected="an answer", got=f"the end of its monitor after {waited:.1f} s") from error
+            raise QemuEndedError(
+                f"QEMU: {what}", expected="an answer", got=f"the end of its monitor after {waited:.1f} s"
+            ) from error
 
 
 async def _within(call: Coroutine[Any, Any, _T], deadline_seconds: float) -> _T:

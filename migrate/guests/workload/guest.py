@@ -15,7 +15,6 @@ from typing import Any
 
 import structlog
 
-from migrate.errors import PostcopyError
 from migrate.guest.agent import Agent, GuestRole
 from migrate.guest.attaching import attach_when_there
 from migrate.guest.memory import GuestMemory, MemorySpec
