@@ -1,5 +1,5 @@
-"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved. ``resolvers``, asked for by
-name, compares what the kernel offers with itself: it has neither floor nor bounds (resolvers.py).
+"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved. Two that must be asked for by name have
+no floor: ``resolvers`` compares what the kernel offers with itself (resolvers.py), ``qemu`` us with QEMU's own postcopy (qemu/).
 
 Absolutes belong to one machine at one time; the ratios travel. What is recorded of the machine is CPU model, cores,
 memory and kernel version number.
@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from migrate.bench import resolvers
+from migrate.bench import qemu, resolvers
 from migrate.bench.figures import Bound, Result
 from migrate.bench.scenarios import SCENARIOS
 from migrate.errors import PostcopyError
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 def run(names: list[str], json_path: Path | None, *, check: bool, tiny: bool) -> bool:
     """Run and print. False: ``check`` was asked for and a bound is missed. Raises PostcopyError for an unknown name."""
-    known = [*SCENARIOS, resolvers.NAME]
+    known = [*SCENARIOS, resolvers.NAME, qemu.NAME]
     if unknown := set(names) - set(known):
         raise PostcopyError("scenario", expected=", ".join(known), got=", ".join(sorted(unknown)), code="usage")
     wanted = [name for name in names if name in SCENARIOS] if names else list(SCENARIOS)
@@ -53,10 +53,19 @@ def run(names: list[str], json_path: Path | None, *, check: bool, tiny: bool) ->
         comparison = resolvers.resolvers(tiny)
         console.print(*resolvers.tables(comparison))
         measured.append(comparison.to_dict())
+    beside_qemu = None
+    if qemu.NAME in names:
+        console.print(f"running {qemu.NAME} …")
+        beside_qemu = qemu.compare(tiny)
+        console.print(*qemu.tables(beside_qemu))
+        measured.append(beside_qemu.to_dict())
     if json_path is not None:
         report = {"environment": environment(), "scenarios": measured}
         json_path.write_text(json.dumps(report, indent=2) + "\n")
-    return not check or not results or _check(results, console)
+    if not check:
+        return True
+    held = beside_qemu is None or beside_qemu.holds()
+    return (not results or _check(results, console)) and held
 
 
 def in_unit(value: float, unit: str) -> str:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from migrate.bench.figures import Latencies
 from migrate.errors import PostcopyError
@@ -26,7 +28,7 @@ second take 20 to 60 µs) is the same for every mover."""
 MACHINE = ("qemu-system-x86_64", "-machine", "pc,accel=tcg")
 BOOT_SECONDS = 60.0
 TOLD_SECONDS = 20.0
-MOVE_SECONDS = 120.0
+MOVE_SECONDS = 60.0
 WARM_SECONDS = 0.5
 """Of work before a move: the guest has run on, and the pages it works on are those of its pattern."""
 
@@ -115,10 +117,22 @@ class Mover(ABC):
             for pid in self._pids():
                 os.kill(pid, signal.SIGCONT)
 
-    def close(self) -> None:
+    def restart(self) -> None:
+        """After a move that failed."""
+        self._stop()
+        self.boot()
+
+    def _stop(self) -> None:
         self._end()
         for debugcon in self._debugcons:
             debugcon.close()
+        self._debugcons.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
 
     def _launch_next(self, *, arriving: bool) -> Debugcon:
         self._launched += 1

@@ -22,8 +22,8 @@ from migrate.guests.linux.machine import GuestImage, LinuxGuest
 from migrate.guests.qemu.qmp import Event, Monitor
 
 CONNECT_SECONDS = 20.0
-ROUND_LEFT_BYTES = 16 << 20
-"""So much of the round is left when postcopy is asked for: QEMU looks every 50 ms."""
+ROUND_LEFT_SECONDS = 0.1
+"""So little of the round is left when postcopy is asked for: QEMU looks every 50 ms, and after the round it is too late."""
 ROUND_LOOK_SECONDS = 0.002
 UNLIMITED_BYTES_A_SECOND = 1 << 40
 
@@ -115,13 +115,15 @@ def _one_round(monitor: Monitor, uri: str) -> None:
     monitor.execute("migrate", uri=uri)
     monitor.wait("first round of precopy", _round_begun, MOVE_SECONDS)
     monitor.execute("cont")
-    deadline = time.monotonic() + MOVE_SECONDS
-    while time.monotonic() < deadline:
+    begun = time.monotonic()
+    while (passed_seconds := time.monotonic() - begun) < MOVE_SECONDS:
         told = monitor.execute("query-migrate")
         if told["status"] not in ("setup", "active"):
             raise PostcopyError("QEMU's precopy", expected="to go on", got=told["status"])
-        if "ram" in told and told["ram"]["remaining"] <= ROUND_LEFT_BYTES:
-            return
+        if "ram" in told:
+            left_bytes = told["ram"]["remaining"]
+            if left_bytes * passed_seconds <= (told["ram"]["total"] - left_bytes) * ROUND_LEFT_SECONDS:
+                return
         time.sleep(ROUND_LOOK_SECONDS)  # asking more often would hold up what is measured
     raise DeadlineError("QEMU's precopy", expected=f"a round within {MOVE_SECONDS:g} s", got="no end")
 
@@ -131,7 +133,7 @@ def _round_begun(event: Event) -> bool | None:
 
 
 def _postcopied(event: Event) -> bool | None:
-    """Raises PostcopyError where the round was over before postcopy was asked for: QEMU then stops the machine until all is there."""
+    """Raises PostcopyError where the round was over before postcopy was asked for: the move ends with the machine stopped."""
     status = event["data"]["status"] if event["event"] == "MIGRATION" else None
     if status in ("completed", "failed", "cancelled"):
         raise PostcopyError("QEMU's migration", expected="postcopy", got=f"{status} without it")
