@@ -1,5 +1,5 @@
-"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved. Two that must be asked for by name have
-no floor: ``resolvers`` compares what the kernel offers with itself (resolvers.py), ``qemu`` us with QEMU's own postcopy (qemu/).
+"""``postcopy bench``: each scenario beside a floor in bare C, in the same run, interleaved. Two that must be asked for by name
+have no floor: ``resolvers`` compares what the kernel offers with itself (resolvers.py), ``qemu`` us with QEMU's own postcopy.
 
 Absolutes belong to one machine at one time; the ratios travel. What is recorded of the machine is CPU model, cores,
 memory and kernel version number.

@@ -90,8 +90,12 @@ class Mover(ABC):
     def _end(self) -> None:
         """All that was launched."""
 
-    def boot(self) -> None:
-        self._launch_next(arriving=False).wait_line("ready", BOOT_SECONDS)
+    def launch(self) -> None:
+        """It begins to boot."""
+        self._launch_next(arriving=False)
+
+    def wait_booted(self) -> None:
+        self._debugcons[-1].wait_line("ready", BOOT_SECONDS)
 
     def move(self, *, precopy: bool, preempt: bool = False) -> Move:
         """Raises PostcopyError, also when the guest found itself broken."""
@@ -120,7 +124,8 @@ class Mover(ABC):
     def restart(self) -> None:
         """After a move that failed."""
         self._stop()
-        self.boot()
+        self.launch()
+        self.wait_booted()
 
     def _stop(self) -> None:
         self._end()
