@@ -23,8 +23,8 @@ from migrate.errors import PostcopyError
 from migrate.guests.linux.machine import GuestImage, LinuxGuest
 
 NAME = "qemu"
-GUEST = LinuxGuest(memory_mib=640, machine_mib=1024, pattern="zipf", write_percent=10, report_ms=250)
-TINY_GUEST = replace(GUEST, memory_mib=16, machine_mib=128, report_ms=100)
+GUEST = LinuxGuest(memory_mib=640, machine_mib=1024, pattern="zipf", write_percent=10, report_ms=100)
+TINY_GUEST = replace(GUEST, memory_mib=16, machine_mib=128)
 ROUNDS = 9
 BROKEN_MAX = 3
 """Moves that QEMU may fail by itself before the benchmark gives up."""
@@ -66,7 +66,7 @@ LIMITS = (
     Limit("postcopy-precopy", "qemu-precopy-preempt", "downtime_seconds", 1 / 4),
     *(Limit("postcopy-precopy", "qemu-precopy-preempt", figure, limit) for figure, limit in BOUNDS.items()),
 )
-COLUMNS = ("moves", "downtime ms", "p99", "touch gap", "longest", "fault p50 µs", "p99 µs", "faults", "total s", "MB")
+COLUMNS = ("moves", "downtime ms", "p99", "touch gap", "longest", "fault p50 µs", "p99 µs", "faults", "pace", "total s", "MB")
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Comparison:
         """Medians and p99 over the moves; faults: the median of the moves' quantiles."""
         moves = self.moves[way]
         figures: dict[str, float] = {"moves": len(moves), "broken": self.broken[way]}
-        for name in ("downtime_seconds", "touch_gap_seconds", "longest_gap_seconds", "total_seconds", "moved_bytes"):
+        for name in ("downtime_seconds", "touch_gap_seconds", "longest_gap_seconds", "total_seconds", "moved_bytes", "pace"):
             samples = [float(getattr(move, name)) for move in moves]
             figures[name] = statistics.median(samples)
             figures[f"{name}_p99"] = quantile(samples, 0.99)
@@ -160,6 +160,7 @@ def tables(comparison: Comparison) -> Iterator[Table]:
             *(f"{figures[one] * 1e3:.1f}" for one in milliseconds),
             *(f"{figures[one] * 1e6:.0f}" for one in ("fault_p50_seconds", "fault_p99_seconds")),
             f"{figures['faults']:.0f}",
+            f"{figures['pace']:.2f}",
             f"{figures['total_seconds']:.2f}",
             f"{figures['moved_bytes'] / 1e6:.0f}",
         )

@@ -2,7 +2,8 @@
 
 Nothing a mover says of itself is believed but its count of bytes. Downtime is what the guest's heartbeats tell (debugcon.py):
 the last at the source to the first at the destination, demand faults included; once for the thread that only beats, once for the
-touching threads. Fault latencies are the guest's own touches during the move that took longer than FAULT_NS.
+touching threads. Fault latencies are the guest's own touches from the switch on that took longer than FAULT_NS, less as many as
+took that long before the move, when there were no faults, in as much time.
 """
 
 import contextlib
@@ -22,9 +23,9 @@ from migrate.errors import PostcopyError
 from migrate.guests.linux.debugcon import Debugcon, Told, beats_between
 from migrate.guests.linux.machine import GuestImage, LinuxGuest
 
-FAULT_NS = 16_000
-"""A touch that took longer was a fault. Others take 0.1 to 4 µs under TCG; what is left of interrupts in the guest (some 200 a
-second take 20 to 60 µs) is the same for every mover."""
+FAULT_NS = 8_000
+"""A touch that took longer was a fault, or was made so long by an interrupt in the guest or the host's scheduler. Others take
+0.1 to 4 µs under TCG."""
 MACHINE = ("qemu-system-x86_64", "-machine", "pc,accel=tcg")
 BOOT_SECONDS = 60.0
 TOLD_SECONDS = 20.0
@@ -56,12 +57,28 @@ class Move:
     total_seconds: float
     moved_bytes: int
     lost_beats: int
+    pace: float
+    """Touches a second from the switch to the end, over those before the move: how much the guest got done meanwhile."""
     fault_buckets: dict[int, int]
+    """Lower bound in ns, count."""
 
     def faults(self) -> dict[str, float]:
-        latencies = Latencies(FAULT_NS)
+        latencies = Latencies()
         latencies.add(self.fault_buckets.items())
         return latencies.figures()
+
+
+@dataclass(frozen=True, slots=True)
+class Touches:
+    """Latencies of all touches so far, as told at that time."""
+
+    at_ns: int
+    buckets: dict[int, int]
+
+    def since(self, before: "Touches") -> tuple[float, dict[int, int]]:
+        """Seconds, and the touches of that time."""
+        buckets = {low_ns: count - before.buckets.get(low_ns, 0) for low_ns, count in self.buckets.items()}
+        return (self.at_ns - before.at_ns) / 1e9, buckets
 
 
 class Mover(ABC):
@@ -101,14 +118,15 @@ class Mover(ABC):
         """Raises PostcopyError, also when the guest found itself broken."""
         source = self._debugcons[-1]
         destination = self._launch_next(arriving=True)
-        before = _reported(source, since_ns=time.monotonic_ns() + int(WARM_SECONDS * 1e9))
+        early = _reported(source, since_ns=time.monotonic_ns())
+        before = _reported(source, since_ns=early.at_ns + int(WARM_SECONDS * 1e9))
         moved = self._migrate(precopy=precopy, preempt=preempt)
         after = _reported(destination, since_ns=moved.ended_ns)
         source.close()
         self._debugcons.remove(source)
         if damage := [*source.told.damage, *destination.told.damage]:
             raise PostcopyError(f"guest moved by {self.name}", expected="to be intact", got=damage[0].fields)
-        return measured(moved, source.told, destination.told, before, after)
+        return measured(moved, source.told, destination.told, before.since(early), after)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -150,26 +168,25 @@ class Mover(ABC):
         return debugcon
 
 
-def _reported(debugcon: Debugcon, since_ns: int) -> dict[int, int]:
-    """The touches, as told by the first report that was begun after this time."""
-
-    def told_since(told: Told) -> bool:
-        reports = [line.at_ns for line in told.lines[-20:] if line.word == "report"]
-        return len(reports) > 1 and reports[-2] > since_ns  # the one behind it: its touches have come
-
-    debugcon.wait(told_since, "a report", TOLD_SECONDS)
+def _reported(debugcon: Debugcon, since_ns: int) -> Touches:
+    debugcon.wait(lambda told: told.touches_at_ns > since_ns, "a report", TOLD_SECONDS)
     with debugcon.changed:
-        return dict(debugcon.told.touches)
+        return Touches(debugcon.told.touches_at_ns, debugcon.told.touches)
 
 
-def measured(moved: Moved, source: Told, destination: Told, before: dict[int, int], after: dict[int, int]) -> Move:
-    """``before``, ``after``: latencies of all touches, as told at these times. Raises PostcopyError for a guest in two places."""
+def measured(moved: Moved, source: Told, destination: Told, quiet: tuple[float, dict[int, int]], after: Touches) -> Move:
+    """``quiet``: seconds before the move, and their touches. Raises PostcopyError for a guest in two places."""
     last, first = source.beats[-1], destination.beats[0]
     if first.at_ns < last.at_ns:
         raise PostcopyError("guest", expected="to run in one place", got=f"heartbeats of both for {last.at_ns - first.at_ns} ns")
     last_stepped = next(beat for beat in reversed(source.beats) if beat.stepped)
     stepped = [last_stepped, *(beat for beat in destination.beats if beat.stepped)]
     gaps = [(begin.at_ns, end.at_ns - begin.at_ns) for begin, end in pairwise(stepped)]
+    at_switch = Touches(source.touches_at_ns, source.touches)
+    seconds, touches = after.since(at_switch)
+    running_seconds = seconds - gaps[0][1] / 1e9
+    quiet_seconds, quiet_touches = quiet
+    share = running_seconds / quiet_seconds
     return Move(
         downtime_seconds=(first.at_ns - last.at_ns) / 1e9,
         touch_gap_seconds=gaps[0][1] / 1e9,
@@ -177,5 +194,10 @@ def measured(moved: Moved, source: Told, destination: Told, before: dict[int, in
         total_seconds=(moved.ended_ns - moved.begun_ns) / 1e9,
         moved_bytes=moved.moved_bytes,
         lost_beats=beats_between(last, first),
-        fault_buckets={low_ns: count - before.get(low_ns, 0) for low_ns, count in after.items()},
+        pace=sum(touches.values()) / seconds / (sum(quiet_touches.values()) / quiet_seconds),
+        fault_buckets={
+            low_ns: max(0, count - round(share * quiet_touches.get(low_ns, 0)))
+            for low_ns, count in touches.items()
+            if low_ns >= FAULT_NS
+        },
     )

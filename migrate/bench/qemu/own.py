@@ -115,14 +115,16 @@ def _one_round(monitor: Monitor, uri: str) -> None:
     monitor.execute("migrate", uri=uri)
     monitor.wait("first round of precopy", _round_begun, MOVE_SECONDS)
     monitor.execute("cont")
-    begun = time.monotonic()
-    while (passed_seconds := time.monotonic() - begun) < MOVE_SECONDS:
+    at_begin: tuple[float, int] | None = None
+    deadline = time.monotonic() + MOVE_SECONDS
+    while (now := time.monotonic()) < deadline:
         told = monitor.execute("query-migrate")
         if told["status"] not in ("setup", "active"):
             raise PostcopyError("QEMU's precopy", expected="to go on", got=told["status"])
         if "ram" in told:
             left_bytes = told["ram"]["remaining"]
-            if left_bytes * passed_seconds <= (told["ram"]["total"] - left_bytes) * ROUND_LEFT_SECONDS:
+            begun, all_bytes = at_begin = at_begin or (now, left_bytes)
+            if left_bytes * (now - begun) < (all_bytes - left_bytes) * ROUND_LEFT_SECONDS:
                 return
         time.sleep(ROUND_LOOK_SECONDS)  # asking more often would hold up what is measured
     raise DeadlineError("QEMU's precopy", expected=f"a round within {MOVE_SECONDS:g} s", got="no end")
