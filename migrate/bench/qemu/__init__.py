@@ -73,13 +73,13 @@ COLUMNS = ("moves", "downtime ms", "p99", "touch gap", "longest", "fault p50 µs
 class Comparison:
     guest: LinuxGuest
     moves: dict[str, list[Move]] = field(default_factory=lambda: {way.name: [] for way in WAYS})
-    broken: dict[str, int] = field(default_factory=lambda: {way.name: 0 for way in WAYS})
-    """Moves after which the guest was not intact, or that QEMU ended otherwise."""
+    broken: dict[str, list[str]] = field(default_factory=lambda: {way.name: [] for way in WAYS})
+    """Moves that failed, and why: the guest was not intact, or QEMU ended the move otherwise."""
 
     def figures(self, way: str) -> dict[str, float]:
         """Medians and p99 over the moves; faults: the median of the moves' quantiles."""
         moves = self.moves[way]
-        figures: dict[str, float] = {"moves": len(moves), "broken": self.broken[way]}
+        figures: dict[str, float] = {"moves": len(moves), "broken": len(self.broken[way])}
         for name in ("downtime_seconds", "touch_gap_seconds", "longest_gap_seconds", "total_seconds", "moved_bytes", "pace"):
             samples = [float(getattr(move, name)) for move in moves]
             figures[name] = statistics.median(samples)
@@ -108,6 +108,7 @@ class Comparison:
             "guest": asdict(self.guest),
             "fault_threshold_seconds": FAULT_NS / 1e9,
             "ways": {name: self.figures(name) for name, moves in self.moves.items() if moves},
+            "broken": self.broken,
             "ratios": [{"ours": one.ours, "own": one.own, "figure": one.figure, "ratio": ratio} for one, ratio in self.ratios()],
         }
 
@@ -139,9 +140,9 @@ def _run(way: Way, mover: Mover, comparison: Comparison) -> None:
         try:
             comparison.moves[way.name].append(mover.move(precopy=way.precopy, preempt=way.preempt))
             return
-        except PostcopyError:
-            comparison.broken[way.name] += 1
-            if way.mover is not OwnMover or sum(comparison.broken.values()) > BROKEN_MAX:
+        except PostcopyError as error:
+            comparison.broken[way.name].append(str(error))
+            if way.mover is not OwnMover or sum(map(len, comparison.broken.values())) > BROKEN_MAX:
                 raise
             mover.restart()
 
@@ -169,4 +170,6 @@ def tables(comparison: Comparison) -> Iterator[Table]:
     for one, ratio in comparison.ratios():
         missed = "" if ratio <= one.limit else "MISSED"
         drawn.add_row(one.ours, one.own, one.figure, f"{ratio:.2f}", f"<= {one.limit:.2f}", missed)
+    broken = [f"{name}, a move that does not count: {why}" for name, reasons in comparison.broken.items() for why in reasons]
+    drawn.caption = "\n".join(broken) or None
     yield drawn

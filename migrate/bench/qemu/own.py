@@ -24,7 +24,7 @@ from migrate.guests.qemu.qmp import Event, Monitor
 CONNECT_SECONDS = 20.0
 ROUND_LEFT_SECONDS = 0.1
 """So little of the round is left when postcopy is asked for: QEMU looks every 50 ms, and after the round it is too late."""
-ROUND_LOOK_SECONDS = 0.002
+ROUND_LOOK_SECONDS = 0.005
 UNLIMITED_BYTES_A_SECOND = 1 << 40
 
 
