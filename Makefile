@@ -9,12 +9,13 @@ SOURCES := meson.build meson.options README.md LICENSE \
   $(shell find migrate proto \( -name __pycache__ -prune \) -o -print) $(shell find tests -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help system build demo test lint bench sanitize guest-image clean
+.PHONY: help system build demo test lint bench sanitize torture guest-image clean
 
 help:
 	@echo 'make demo      set up and watch a live guest move between two daemons (ARGS="--memory 128M")'
 	@echo 'make test      set up, lint, and run the tests (ARGS="-k name" goes to pytest)'
 	@echo 'make bench     the benchmark beside its floor (ARGS="--check")'
+	@echo 'make torture   the long version of tests/torture, and its table (ARGS="--torture-seed 2")'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make sanitize  the C core alone under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make guest-image  the Linux test guest: kernel of Debian, /init of our own, in build/guest/'
@@ -63,6 +64,10 @@ test: lint
 	@$(MAKE) --no-print-directory guest-image || echo 'make test: goes on without the Linux test guest'
 	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
 	  echo "POSTCOPY_REQUIRE=$$POSTCOPY_REQUIRE" && $(PY) -P -m pytest $(ARGS)
+
+torture: build guest-image
+	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
+	  $(PY) -P -m pytest tests/torture --torture $(ARGS)
 
 bench: build guest-image
 	@.venv/bin/postcopy bench $(ARGS)

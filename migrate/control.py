@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 from collections import deque
-from typing import NoReturn, TypeVar, cast, overload
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar, cast, overload
 
 from migrate.clock import ClockOffset, estimate, monotonic_ns
 from migrate.errors import AbortedError, ConnectionLostError, DeadlineError, PeerRefusedError
@@ -12,6 +13,7 @@ from proto.messages import Aborted, ClockPing, ClockPong, Message, Refused, Roun
 
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
+_R = TypeVar("_R")
 MESSAGES_WAITING_MAX = 64
 UNSENT_BYTES_MAX = 4 << 20
 
@@ -114,6 +116,20 @@ class ControlConnection(asyncio.Protocol):
                     _unexpected((awaited,) if awaited else (), message)
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+
+    async def beside(self, step: Coroutine[Any, Any, _R], awaited: type[Message] | None = None) -> _R:
+        """What the step comes to; it is given up as soon as ``watch`` raises."""
+        loop = asyncio.get_running_loop()
+        run, watch = loop.create_task(step), loop.create_task(self.watch(awaited))
+        try:
+            await asyncio.wait({run, watch}, return_when="FIRST_COMPLETED")
+            if not run.done():
+                watch.result()
+            return run.result()
+        finally:
+            for task in (run, watch):
+                task.cancel()
+            await asyncio.gather(run, watch, return_exceptions=True)
 
     async def measure_clock(self, pings: int, deadline_seconds: float) -> ClockOffset:
         """The peer's clock against ours; reads nothing but pongs meanwhile."""

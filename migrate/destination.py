@@ -12,14 +12,16 @@ from collections.abc import Callable
 from typing import Any
 
 from migrate import __version__
+from migrate.arrival import Arrival
+from migrate.backing import back, empty, give_back
 from migrate.clock import clock_id, monotonic_ns
+from migrate.connections import DataConnections
 from migrate.control import ControlConnection
-from migrate.dataplane import FAULT_KINDS, PEER_FAULTS, DestinationPlane, Histogram, LoopResult
-from migrate.errors import ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
+from migrate.dataplane import PEER_FAULTS, DestinationPlane, LoopResult
+from migrate.errors import CancelledByPeerError, ConnectionLostError, DeadlineError, GuestGoneError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
-from migrate.network import has_ended
-from migrate.room import Room, no_huge_pages
-from migrate.session import Migration, PrecopyInfo
+from migrate.room import Room
+from migrate.session import Migration
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -27,14 +29,11 @@ from proto.messages import (
     Accept,
     Cancel,
     Complete,
-    FaultKind,
     GuestComplete,
-    LatencySummary,
     Offer,
     PageRange,
     Prepare,
     Prepared,
-    Progress,
     Quiesced,
     Ready,
     Released,
@@ -45,7 +44,7 @@ from proto.messages import (
     Switchover,
 )
 from proto.preamble import ConnectionKind
-from proto.states import Event, Role, State
+from proto.states import Event, State
 
 ATTACH_DEADLINE_SECONDS = 10.0
 PREPARED_DEADLINE_SECONDS = 10.0
@@ -54,16 +53,8 @@ RELEASED_DEADLINE_SECONDS = 5.0
 PROGRESS_SECONDS = 0.25
 
 
-class CancelledByPeerError(PostcopyError):
-    """The source cancelled before the switchover."""
-
-    code = "cancelled"
-
-
-class DestinationMigration(Migration):
+class DestinationMigration(Arrival):
     """Takes one guest in. ``run`` ends when the migration has ended or is STALLED."""
-
-    role = Role.DESTINATION
 
     def __init__(
         self,
@@ -77,7 +68,7 @@ class DestinationMigration(Migration):
         *,
         poll_ns: int = 0,
     ) -> None:
-        super().__init__(migration_id, "?", peer, on_end)
+        super().__init__(migration_id, peer, on_end)
         self.token = os.urandom(16)
         self.guest: GuestLink | None = None
         self._control = control
@@ -85,16 +76,10 @@ class DestinationMigration(Migration):
         self._poll_ns = poll_ns
         self._quiet = quiet
         self._room = room
-        self._plane: DestinationPlane | None = None
-        self._figures: dict[str, int] = {}
-        self._latency: dict[FaultKind, Histogram] = {}
-        self._sockets: dict[ConnectionKind, socket.socket] = {}
+        self._connections = DataConnections()
         self._attached: asyncio.Future[None] = self._loop.create_future()
         self._final: asyncio.Future[None] = self._loop.create_future()
         self._last_step_ns = 0
-        self._precopy = False
-        self._resumed_ns = 0
-        self.rounds_begun = 0
         self._clock_offset_ns = 0
 
     # --- the way of a migration -------------------------------------------------------------------------------------
@@ -127,7 +112,7 @@ class DestinationMigration(Migration):
         if guest.hello is not None and guest.hello.remove_means == "zero":
             self._plane.removed_is_zero()
         self._plane.poll(self._poll_ns)
-        await self._empty(self._plane)
+        await empty(self, self._plane)
         await self._make_room(offer)
         self.pages_total = self._plane.figures()["pages_total"]
         self._loop.add_reader(self._plane.final_fd, self._pages_final)
@@ -178,21 +163,7 @@ class DestinationMigration(Migration):
         assert self.guest is not None
         await self._quiet.wait()  # looking takes most of a millisecond, which may be another guest's downtime
         self._room.claim(self.migration_id, self.guest.regions, [region.populated_bytes for region in offer.regions])
-        if all(region.page_bytes == 4096 for region in self.guest.regions):
-            return
-        backing = self._loop.create_task(self.on_own_thread("room", self._plane.back))
-        watch = self._loop.create_task(self._control.watch())
-        try:
-            await asyncio.wait({backing, watch}, return_when="FIRST_COMPLETED")
-            if not backing.done():
-                watch.result()
-            result = backing.result()
-        finally:
-            for task in (backing, watch):
-                task.cancel()
-            await asyncio.gather(backing, watch, return_exceptions=True)
-        if result.reason != "finished":
-            raise no_huge_pages(self.guest.regions, result.error_number) or result.error()
+        await back(self, self._plane, self.guest, self._control)
 
     async def _attached_or_closed(self) -> None:
         waited: set[asyncio.Future[None]] = {self._attached, self._control.closed}
@@ -200,12 +171,11 @@ class DestinationMigration(Migration):
         if self._control.closed.done():
             raise ConnectionLostError("control connection", expected="data connections", got="its end")
         if not self._attached.done():
-            missing = [kind.name.lower() for kind in (ConnectionKind.URGENT, ConnectionKind.BULK) if kind not in self._sockets]
-            got = f"no {' and no '.join(missing)}"
+            got = f"no {' and no '.join(self._connections.missing())}"
             raise DeadlineError("data connections", expected=f"urgent and bulk within {ATTACH_DEADLINE_SECONDS} s", got=got)
 
     def expects(self, kind: ConnectionKind) -> bool:
-        return self.state is State.ATTACHING and kind not in self._sockets
+        return self.state is State.ATTACHING and self._connections.expects(kind)
 
     def attach(self, kind: ConnectionKind, sock: socket.socket) -> None:
         """A data connection that has proven itself and is expected."""
@@ -213,12 +183,12 @@ class DestinationMigration(Migration):
             sock.close()
             return
         plane = self._plane
-        self._sockets[kind] = sock
+        self._connections.add(kind, sock)
         if kind is ConnectionKind.URGENT:
             self.start_loop("fault", lambda: plane.fault_loop(sock.fileno()))
         elif self._precopy:
             self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=True))
-        if len(self._sockets) == 2:
+        if not self._connections.missing():
             self._attached.set_result(None)
 
     async def _switch_over(self) -> None:
@@ -250,6 +220,8 @@ class DestinationMigration(Migration):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self._resumed_ns = monotonic_ns()
             self.advance(Event.RUNNING)
+            assert self._plane is not None
+            self._plane.open()  # before `running` is said: the answer to it may be pages
             self._control.send(Running(epoch=self.epoch))
         if self.downtime_ns is not None:  # the guest's first step came in one piece with its `running`
             self._control.send(self._progress())
@@ -258,10 +230,8 @@ class DestinationMigration(Migration):
     def _begin_bulk(self) -> None:
         """Only now (P2): a page that came before the guest was paused is not final, and would stay in a guest that waits on."""
         assert self._plane is not None
-        plane, sock = self._plane, self._sockets[ConnectionKind.BULK]
-        if self._precopy:
-            plane.open()
-        else:
+        plane, sock = self._plane, self._connections.bulk
+        if not self._precopy:
             self.start_loop("receive", lambda: plane.receive_loop(sock.fileno(), precopy=False))
 
     def _check_switchover(self, switchover: Switchover) -> None:
@@ -272,11 +242,10 @@ class DestinationMigration(Migration):
         if self.guest is None or self.guest.gone:
             self._abort("the waiting guest is gone")
             raise GuestGoneError("waiting guest", expected="to be here", got="its socket ended")
-        for kind, sock in self._sockets.items():
-            if has_ended(sock):  # that of a parked loop: nobody has noticed
-                what = f"{kind.name.lower()} connection"
-                self._abort(f"the {what} has ended")
-                raise ConnectionLostError(what, expected="to stay", got="its end before the switchover")
+        lost = self._connections.lost()
+        if lost is not None:
+            self._abort(f"the {lost.what} has ended")
+            raise lost
 
     def _abort(self, reason: str) -> None:
         self.advance(Event.ABORT)
@@ -411,102 +380,18 @@ class DestinationMigration(Migration):
         self.log.warning("migration did not happen", reason=str(error), peer=self.peer)
         return error
 
-    def _summarize(self) -> None:
-        """Keep the figures; the C side's object is about to go."""
-        if self._plane is None:
-            return
-        self._figures = self._plane.figures()
-        self._latency = {kind: self._plane.latency(kind) for kind in FAULT_KINDS}
-        self.faults = {
-            kind: LatencySummary(
-                count=histogram.count,
-                p50_ns=histogram.quantile_ns(0.5),
-                p99_ns=histogram.quantile_ns(0.99),
-                max_ns=histogram.max_ns,
-            )
-            for kind, histogram in self._latency.items()
-        }
-
     async def _close(self) -> None:
         if self._plane is not None:
             self._loop.remove_reader(self._plane.final_fd)
             self._plane.stop()
             self.join_loops()
             self._summarize()
-        await self._give_back()
+        if self.guest is not None and self.state in (State.FAILED, State.CANCELLED, State.ABORTED):
+            await give_back(self, self._plane, self.guest)
         if self.state is not State.STALLED:  # whose pages are still to come
             self._room.forget(self.migration_id)
         if self._plane is not None:
             self._plane.close()
             self._plane = None
-        for sock in self._sockets.values():
-            sock.close()
+        self._connections.close()
         self._control.close()
-
-    async def _empty(self, plane: DestinationPlane) -> None:
-        """Nothing is in the guest's memory but what this migration brings. Raises DataPlaneError."""
-        result = await self.on_own_thread("clean", plane.clean)
-        self.join_loops()
-        if result.reason != "finished":
-            raise result.error()
-
-    async def _give_back(self) -> None:
-        """A guest whose migration did not happen waits for another one, with nothing of this one in its memory."""
-        if self.guest is None or self.state not in (State.FAILED, State.CANCELLED, State.ABORTED):
-            return
-        try:
-            if self._plane is not None:
-                await self._empty(self._plane)
-            self.guest.state = GuestState.WAITING
-        except PostcopyError as error:
-            self.guest.state = GuestState.LOST
-            self.log.error("the waiting guest could not be emptied: restart it", reason=str(error))
-
-    # --- figures ----------------------------------------------------------------------------------------------------
-
-    def stale_window_ns(self) -> int | None:
-        """From the guest's resumption to when every held page was known final or stale; None without precopy."""
-        settled_ns = self.figures().get("settled_ns", 0)
-        return max(0, settled_ns - self._resumed_ns) if settled_ns else None
-
-    def latency(self, kind: FaultKind) -> Histogram:
-        return self._plane.latency(kind) if self._plane is not None else self._latency.get(kind, Histogram())
-
-    def figures(self) -> dict[str, int]:
-        return self._plane.figures() if self._plane is not None else self._figures
-
-    def pages_done(self) -> int:
-        figures = self.figures()
-        return max(figures.get("pages_final", 0), figures.get("pages_held", 0) if self.state is State.PRECOPY else 0)
-
-    def pages_by_path(self) -> dict[str, int]:
-        figures = self.figures()
-        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "bulk", "zero")}
-        discarded = {"discarded": figures["pages_removed"]} if figures.get("pages_removed") else {}
-        return {**by_path, "precopy": figures.get("pages_kept", 0), **discarded}
-
-    def precopy_info(self) -> PrecopyInfo | None:
-        if not self._precopy:
-            return None
-        figures = self.figures()
-        window_ns = self.stale_window_ns()
-        return PrecopyInfo(
-            rounds_begun=self.rounds_begun,
-            rounds=[],
-            bytes_moved=figures.get("bytes_precopy", 0),
-            stale_pages=figures.get("pages_stale", 0),
-            stale_window_seconds=None if window_ns is None else window_ns / 1e9,
-            faults_held=figures.get("faults_held", 0),
-        )
-
-    def faults_count(self) -> int:
-        figures = self.figures()
-        return sum(figures.get(f"faults_{kind}", 0) for kind in FAULT_KINDS)
-
-    def _progress(self) -> Progress:
-        return Progress(
-            pages_present=self.pages_done(),
-            faults=self.faults_count(),
-            downtime_ns=self.downtime_ns,
-            downtime_uncertainty_ns=self.downtime_uncertainty_ns,
-        )

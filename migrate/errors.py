@@ -74,6 +74,12 @@ class PeerRefusedError(PostcopyError):
     code = "peer-refused"
 
 
+class CancelledByPeerError(PostcopyError):
+    """The source cancelled before the switchover."""
+
+    code = "cancelled"
+
+
 class AbortedError(PeerRefusedError):
     """The destination has decided and recorded that it will never resume this epoch: the source may (P4)."""
 

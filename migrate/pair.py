@@ -217,13 +217,13 @@ class Pair:
         reaches: DaemonProcess,
         *,
         bulk: bool = True,
-        precopy: str | int = "auto",
-        deadline_seconds: float = 60,
+        settled_within_seconds: float = 60,
+        **precopy: str | float,
     ) -> MigrationStatus:
-        """Migrate and wait until it has settled; away from one daemon, to the other."""
+        """Migrate and wait until it has settled; away from one daemon, to the other. ``precopy``: as DaemonClient.migrate."""
         with leaves.client() as client:
-            status = client.migrate(guest_id, reaches.address, bulk=bulk, precopy=precopy)
-            return wait_settled(client, status.id, deadline_seconds)
+            status = client.migrate(guest_id, reaches.address, bulk=bulk, **precopy)
+            return wait_settled(client, status.id, settled_within_seconds)
 
 
 def wait_settled(client: DaemonClient, migration_id: str, deadline_seconds: float = 60) -> MigrationStatus:

@@ -1,6 +1,6 @@
 """When precopy ends: another round is worth it only while it leaves less behind than the last one did.
 
-Pure decisions over the figures of a round; the rounds themselves are migrate/source.py and dataplane/precopy.c.
+Pure decisions over the figures of a round; the rounds themselves are migrate/rounds.py and dataplane/precopy.c.
 """
 
 from dataclasses import dataclass

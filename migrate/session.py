@@ -71,6 +71,10 @@ class PrecopyInfo(BaseModel):
     faults_held: Annotated[
         int | None, Field(description="At the destination: in that window, on pages that were here; the source was asked.")
     ]
+    faults_after: Annotated[int | None, Field(description="At the destination: after it, on pages that had not come.")]
+    stale_pages_touched: Annotated[
+        int | None, Field(description="At the destination: of the stale pages, those that were touched before they had come.")
+    ]
 
 
 class MigrationStatus(BaseModel):

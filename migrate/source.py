@@ -5,20 +5,18 @@ switchover is STALLED: the guest stays paused here, its pages kept.
 """
 
 import asyncio
-import contextlib
 import os
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 
 from migrate import __version__
 from migrate.clock import PINGS, SAME_CLOCK, clock_id
+from migrate.connections import DATA_KINDS, DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.errors import (
     AbortedError,
-    ConnectionLostError,
     GuestGoneError,
     NotCancellableError,
     PauseFailedError,
@@ -26,9 +24,10 @@ from migrate.errors import (
     PostcopyError,
 )
 from migrate.guest_link import GuestLink, GuestState
-from migrate.network import Address, connect, greet, has_ended
-from migrate.precopy import AUTO, PrecopyPolicy, RoundFigures, reason_to_switch
+from migrate.network import Address, connect, greet
+from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.region import populated_bytes
+from migrate.rounds import PEER_REASON_SECONDS, Rounds, lost
 from migrate.session import Migration, PrecopyInfo, RoundInfo
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
@@ -37,7 +36,6 @@ from proto.messages import (
     Cancel,
     Complete,
     GuestReleased,
-    Message,
     Offer,
     OfferedRegion,
     PageRange,
@@ -47,11 +45,9 @@ from proto.messages import (
     Prepare,
     Prepared,
     Progress,
-    Quiesced,
     Ready,
     Released,
     Resume,
-    Round,
     Running,
     Switchover,
 )
@@ -62,8 +58,8 @@ ANSWER_DEADLINE_SECONDS = 10.0
 HUGE_BYTES_A_SECOND = 128 << 20
 """Huge pages are allocated before the guest is accepted, at this rate at least: a third of the slowest that was seen."""
 PAUSE_DEADLINE_SECONDS = 1.0
-PEER_REASON_SECONDS = 1.0
-"""How long the word on the control connection may come after the end of a data connection."""
+FIRST_STEP_SECONDS = 0.005
+"""How long bulk waits for word of the guest's first step at the destination, where the guest does not ask for more (wake_ms)."""
 
 
 class SourceMigration(Migration):
@@ -88,16 +84,15 @@ class SourceMigration(Migration):
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk = bulk
         self.precopy = precopy
-        self.rounds: list[RoundFigures] = []
+        self._rounds = Rounds(self, guest, precopy)
         self._stale_window_ns: int | None = None
-        self._tracked = False
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
         self._plane: SourcePlane | None = None
         self._figures: dict[str, int] = {}
-        self._sockets: list[socket.socket] = []
+        self._connections = DataConnections()
         self._clock = SAME_CLOCK
         self._paused = False
         self._cancel_reason: str | None = None
@@ -110,8 +105,7 @@ class SourceMigration(Migration):
         try:
             await self._connect()
             await self._attach()
-            if self._tracked:
-                await self._precopy()
+            await self._precopy()
             self._begin_stream()
             await self._switch_over()
             await self._serve_until_complete()
@@ -133,7 +127,12 @@ class SourceMigration(Migration):
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
         assert self.guest.hello is not None
-        await self._track()
+        if self.bulk and self.precopy.rounds != 0:
+            await self._rounds.track(self._plane)
+        else:
+            self.switched_because = (
+                "no precopy was asked for" if self.bulk else "no precopy: without bulk only touched pages cross"
+            )
         regions = [
             OfferedRegion(size_bytes=region.size_bytes, page_bytes=region.page_bytes, populated_bytes=populated)
             for region, populated in zip(self.guest.hello.regions, populated_bytes(self.guest.regions), strict=True)
@@ -145,7 +144,7 @@ class SourceMigration(Migration):
                 regions=regions,
                 clock_id=our_clock,
                 software=f"postcopy {__version__}",
-                precopy=self._tracked,
+                precopy=self._rounds.tracked,
                 machine=self.guest.hello.machine,
             )
         )
@@ -154,8 +153,8 @@ class SourceMigration(Migration):
         accept = await self._control.receive(Accept, deadline_seconds=accept_seconds)
         self.advance(Event.ACCEPTED)
         self._token = accept.token
-        if self._tracked and not accept.precopy:
-            self._no_precopy("the destination does not take part")
+        if self._rounds.tracked and not accept.precopy:
+            self._rounds.give_up("the destination does not take part")
         if accept.clock_id != our_clock:
             self._clock = await self._control.measure_clock(PINGS, ANSWER_DEADLINE_SECONDS)
 
@@ -163,100 +162,25 @@ class SourceMigration(Migration):
         assert self._control is not None
         assert self._plane is not None
         plane = self._plane
-        for kind in (ConnectionKind.URGENT, ConnectionKind.BULK):
-            self._sockets.append(await self._dial(kind, self._token))
-        urgent, _ = self._sockets
+        for kind in DATA_KINDS:
+            self._connections.add(kind, await self._dial(kind, self._token))
+        urgent = self._connections.urgent
         self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
         await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)
         self.advance(Event.ATTACHED)
 
+    async def _precopy(self) -> None:
+        if not self._rounds.tracked:
+            return
+        assert self._plane is not None
+        assert self._control is not None
+        self.advance(Event.PRECOPY)
+        await self._rounds.run(self._plane, self._control, self._connections)
+
     def _begin_stream(self) -> None:
         assert self._plane is not None
-        plane, bulk = self._plane, self._sockets[1]
+        plane, bulk = self._plane, self._connections.bulk
         self.start_loop("stream", lambda: plane.stream_loop(bulk.fileno()))
-
-    # --- precopy ----------------------------------------------------------------------------------------------------
-
-    async def _track(self) -> None:
-        """Whether there is precopy, and if it was wanted and cannot be, why; said once."""
-        if self.precopy.rounds == 0 or not self.bulk:
-            self.switched_because = (
-                "no precopy was asked for" if self.bulk else "no precopy: without bulk only touched pages cross"
-            )
-            return
-        why = self.guest.untrackable or await self.guest.track(ANSWER_DEADLINE_SECONDS) or await self._untracked()
-        if why is not None:
-            self._no_precopy(why)
-        else:
-            self._tracked = True
-
-    async def _untracked(self) -> str | None:
-        assert self._plane is not None
-        plane = self._plane
-        result = await self.on_own_thread("precopy", lambda: plane.precopy_check(self.guest.pagemap_fd))
-        return None if result.reason == "finished" else str(result.error())
-
-    def _no_precopy(self, why: str) -> None:
-        self._tracked = False
-        self.guest.untrack()
-        self.switched_because = f"no precopy: {why}"
-        self.log.warning("no precopy: every page is fetched or streamed after the switchover", reason=why)
-
-    async def _precopy(self) -> None:
-        """Rounds while the guest runs on, until another one is not worth it; then no precopied page is in flight any more."""
-        assert self._plane is not None
-        assert self._control is not None
-        plane, bulk = self._plane, self._sockets[1]
-        self.advance(Event.PRECOPY)
-        plane.track(self.guest.pagemap_fd)
-        begun = time.monotonic()
-        await self._precopy_call(plane.precopy_arm)
-        while True:
-            pages = plane.figures()["pages_pending"]
-            populated = populated_bytes(self.guest.regions)
-            self._control.send(Round(number=len(self.rounds) + 1, pages=pages, populated_bytes=populated))
-            await self._precopy_call(lambda: plane.precopy_send(bulk.fileno()))
-            await self._precopy_call(plane.precopy_count)
-            figures = plane.figures()
-            written = figures["pages_written"], figures["bytes_written"]
-            self.rounds.append(RoundFigures(len(self.rounds) + 1, pages, *written, time.monotonic() - begun))
-            why = reason_to_switch(self.precopy, self.rounds[-1])
-            if why is not None:
-                break
-            await self._precopy_call(plane.precopy_collect)
-        self.switched_because = why
-        await self._precopy_call(lambda: plane.precopy_end(bulk.fileno()), awaited=Quiesced)
-        self._loop.add_reader(bulk, self._bulk_ended)  # nothing comes by it now, and nobody else looks
-        try:
-            await self._control.receive(Quiesced)  # behind megabytes on a slow link: no deadline
-        finally:
-            self._loop.remove_reader(bulk)
-
-    def _bulk_ended(self) -> None:
-        assert self._control is not None
-        self._loop.remove_reader(self._sockets[1])
-        lost = ConnectionLostError("bulk connection", expected="to stay", got="its end before quiesced")
-        self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, lost)
-
-    async def _precopy_call(self, call: Callable[[], LoopResult], *, awaited: type[Message] | None = None) -> None:
-        """One step of a round on a thread of its own, given up as soon as the peer or the guest ends the migration, or the peer
-        says anything but what is ``awaited``: quiesced too early would leave precopied pages in flight."""
-        assert self._control is not None
-        step = self._loop.create_task(self.on_own_thread("precopy", call))
-        watch = self._loop.create_task(self._control.watch(awaited))
-        try:
-            await asyncio.wait({step, watch}, return_when="FIRST_COMPLETED")
-            if not step.done():
-                watch.result()
-            result = step.result()
-            if result.reason != "finished":
-                await asyncio.wait({watch}, timeout=PEER_REASON_SECONDS if result.reason == "peer-closed" else 0)
-                self._control.check()
-                raise _lost("bulk", result) if result.reason == "peer-closed" else result.error()
-        finally:
-            for task in (step, watch):
-                task.cancel()
-            await asyncio.gather(step, watch, return_exceptions=True)
 
     # --- switchover -------------------------------------------------------------------------------------------------
 
@@ -296,10 +220,10 @@ class SourceMigration(Migration):
     def _check_data_connections(self) -> None:
         """Their loops are parked and do not see that one has ended. The peer's own words come first, if they are here."""
         assert self._control is not None
-        for name, sock in zip(("urgent", "bulk"), self._sockets, strict=True):
-            if has_ended(sock):
-                self._control.check()
-                raise ConnectionLostError(f"{name} connection", expected="to stay", got="its end before the switchover")
+        lost_one = self._connections.lost()
+        if lost_one is not None:
+            self._control.check()
+            raise lost_one
 
     async def _pause_guest(self) -> Paused:
         self._paused = True  # from when it may be: undone by resume
@@ -312,13 +236,14 @@ class SourceMigration(Migration):
     async def _serve_until_complete(self) -> None:
         assert self._control is not None
         assert self._plane is not None
+        assert self.guest.hello is not None
+        wake_seconds = self.guest.hello.wake_ms / 1000
         if self.bulk:
             # Bulk would compete with the demand faults of the guest's first step; it begins behind it.
-            assert self.guest.hello is not None
-            self._loop.call_later(self.guest.hello.first_step_ms / 1000, self._open_bulk)
+            self._loop.call_later(wake_seconds or FIRST_STEP_SECONDS, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
-            if self.bulk:
+            if self.bulk and not wake_seconds:
                 self._open_bulk()
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             if isinstance(message, Complete):
@@ -362,7 +287,7 @@ class SourceMigration(Migration):
         elif result.reason != "peer-closed":
             self._control.fail(error)
         else:  # the destination closes data connections only after `released`; its reason may be on the way by control
-            self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, _lost(result.loop, result))
+            self._loop.call_later(PEER_REASON_SECONDS, self._control.fail, lost(result.loop, result))
 
     def guest_gone(self) -> None:
         """Before the switchover this ends the migration; after it the daemon still holds the memory."""
@@ -427,9 +352,7 @@ class SourceMigration(Migration):
 
     def _close(self) -> None:
         self._stop_loops()
-        for sock in self._sockets:
-            with contextlib.suppress(OSError):
-                sock.close()
+        self._connections.close()
         if self._control is not None:
             self._control.close()
 
@@ -446,26 +369,25 @@ class SourceMigration(Migration):
 
     def pages_by_path(self) -> dict[str, int]:
         figures = self.figures()
-        zero = figures.get("pages_zero_urgent", 0) + figures.get("pages_zero_bulk", 0)
+        zero = sum(figures.get(f"pages_zero_{path}", 0) for path in ("urgent", "readahead", "bulk"))
         precopy = figures.get("pages_precopy", 0) + figures.get("pages_zero_precopy", 0)  # copies, one a round
-        return {"urgent": figures.get("pages_urgent", 0), "bulk": figures.get("pages_bulk", 0), "zero": zero, "precopy": precopy}
+        by_path = {path: figures.get(f"pages_{path}", 0) for path in ("urgent", "readahead", "bulk")}
+        return {**by_path, "zero": zero, "precopy": precopy}
 
     def precopy_info(self) -> PrecopyInfo | None:
         if State.PRECOPY not in self._timeline:
             return None
         figures = self.figures()
         return PrecopyInfo(
-            rounds_begun=len(self.rounds) + (self.state is State.PRECOPY),
-            rounds=[RoundInfo(**asdict(one)) for one in self.rounds],
+            rounds_begun=len(self._rounds.done) + (self.state is State.PRECOPY),
+            rounds=[RoundInfo(**asdict(one)) for one in self._rounds.done],
             bytes_moved=figures.get("bytes_precopy", 0),
             stale_pages=figures.get("pages_stale", 0),
             stale_window_seconds=None if self._stale_window_ns is None else self._stale_window_ns / 1e9,
             faults_held=None,
+            faults_after=None,
+            stale_pages_touched=None,
         )
 
     def faults_count(self) -> int:
         return max(self._faults_there, self.figures().get("requests", 0))
-
-
-def _lost(connection: str, result: LoopResult) -> ConnectionLostError:
-    return ConnectionLostError(f"{connection} connection", expected="to stay", got=str(result.error()))

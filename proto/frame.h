@@ -20,6 +20,8 @@ enum frame_kind {
     FRAME_STALE = 4,   /* source -> destination: a bit a page of length_bytes of memory follows; set: what you hold is old */
     FRAME_MARK = 5,    /* source -> destination: end of precopy on this connection; all fields behind kind are zero */
     FRAME_LACKS = 6,   /* destination -> source: a bit a page of length_bytes of memory follows; set: not here */
+    FRAME_AHEAD = 7,   /* source -> destination: as PAGES, that nobody asked for: readahead behind those that were */
+    FRAME_AHEAD_ZERO = 8, /* source -> destination: the same as ZERO */
 };
 
 #define FRAME_FLAG_MORE 0x01u /* reserved: more chunks of this page follow */

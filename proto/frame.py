@@ -19,6 +19,8 @@ class FrameKind(IntEnum):
     STALE = 4
     MARK = 5
     LACKS = 6
+    AHEAD = 7
+    AHEAD_ZERO = 8
 
 
 ACCEPTED_BY_SOURCE = frozenset({FrameKind.REQUEST})

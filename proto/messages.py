@@ -18,7 +18,7 @@ REGIONS_MAX = 64
 PAGE_BYTES = (4096, 2 << 20, 1 << 30)
 DISCARD_RANGES_MAX = 256
 DISCARD_PAGES_MAX = 4096
-FIRST_STEP_MS_MAX = 1000
+WAKE_MS_MAX = 1000
 
 MonotonicNs = Annotated[int, Field(ge=0, lt=1 << 63)]
 SizeBytes = Annotated[int, Field(gt=0, le=1 << 50)]
@@ -250,7 +250,7 @@ class Hello(Message):
     declares: Annotated[list[Name], Field(max_length=32)] = []
     remove_means: Literal["zero", "keep"] | None = None
     machine: Text | None = None
-    first_step_ms: Annotated[int, Field(ge=0, le=FIRST_STEP_MS_MAX)] = 5
+    wake_ms: Annotated[int, Field(ge=0, le=WAKE_MS_MAX)] = 0
 
     @model_validator(mode="after")
     def _files_named(self) -> Self:

@@ -37,6 +37,11 @@ def features_of(item: pytest.Item) -> list[str]:
     return list(dict.fromkeys(str(name) for mark in item.iter_markers("requires") for name in mark.args))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torture", action="store_true", help="the long version of what tests/torture does")
+    parser.addoption("--torture-seed", type=int, default=1, help="other random moments")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(feature, ...): deselect this test where the machine lacks a feature")
     config.stash[DESELECTED] = {}

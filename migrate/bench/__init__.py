@@ -17,8 +17,12 @@ from rich.table import Table
 
 from migrate.bench import qemu, resolvers
 from migrate.bench.figures import Bound, Result
-from migrate.bench.scenarios import SCENARIOS
+from migrate.bench.hybrid import hybrid
+from migrate.bench.scenarios import SCENARIOS as POSTCOPY
+from migrate.bench.tracking import tracking
 from migrate.errors import PostcopyError
+
+SCENARIOS = {**POSTCOPY, "hybrid": hybrid, "tracking": tracking}
 
 
 def environment() -> dict[str, Any]:
@@ -85,6 +89,9 @@ def table(results: list[Result]) -> Table:
                 in_unit(result.floor[key], result.unit),
                 f"{result.ratio[key]:.2f}",
             )
+        if not result.product:  # it compares with nothing
+            for name, value in result.figures.items():
+                drawn.add_row(result.name, name, f"{value:.3f}", "", "")
     return drawn
 
 
@@ -101,7 +108,7 @@ def _check(results: list[Result], console: Console) -> bool:
 
 
 def _number(bound: Bound, value: float) -> str:
-    return in_unit(value, "seconds") if bound.where.startswith("product.") else f"{value:.2f}"
+    return in_unit(value, "seconds") if bound.where.startswith("product.") or bound.where.endswith("_seconds") else f"{value:.2f}"
 
 
 def _limit(bound: Bound) -> str:

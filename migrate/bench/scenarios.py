@@ -9,6 +9,7 @@ import http.client
 import signal
 import statistics
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,8 +24,9 @@ STALL_NS = 2000
 CPU_TICK_SECONDS = 0.01
 
 
-def bench_pair() -> Pair:
-    return Pair(arguments=("--congestion-control", "reno", "--poll", "0"))
+def bench_pair(*, polling: bool = False) -> Pair:
+    """Its threads sleep while they wait, as the floor's do; with ``polling`` as daemons do unless told otherwise."""
+    return Pair(arguments=("--congestion-control", "reno", *(() if polling else ("--poll", "0"))))
 
 
 class Shuttle:
@@ -38,6 +40,7 @@ class Shuttle:
         here.event("stepped", deadline_seconds=60)
         self._ends: list[tuple[DaemonProcess, Process]] = [(pair.source, here), (pair.destination, there)]
         self.arrived: dict[str, object] = {}
+        self.there: MigrationStatus | None = None
 
     def move(self, *, bulk: bool = True, precopy: str = "off", warmed: bool = False) -> MigrationStatus:
         """One migration, complete; afterwards the other end waits for the way back."""
@@ -49,10 +52,17 @@ class Shuttle:
             status = client.status(begun.id, settled_within_seconds=60)
         assert status.state == "complete", status
         seen = [reaching.event("stepped", "complete"), reaching.event("stepped", "complete")]  # in either order
+        with reaches.client() as client:
+            self.there = client.status(status.id)
         self.arrived = next(event for event in seen if event["event"] == "complete")
         leaving.event("waiting")
         self._ends.reverse()
         return status
+
+    def end(self) -> None:
+        """Both processes, and their memory."""
+        for _, process in self._ends:
+            process.kill()
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -70,33 +80,88 @@ class Shuttle:
         assert isinstance(touches, dict)
         return list(touches["buckets"])
 
+    def pages_touched(self) -> int:
+        """Distinct pages, from the resumption to the end of the migration."""
+        return sum(count for _, count in self.first_touches())
 
-def fault_idle(tiny: bool) -> Result:
-    """Random first touches of every page, no bulk."""
+    def at_destination(self) -> MigrationStatus:
+        """The last move as the daemon tells it that the guest has reached."""
+        assert self.there is not None
+        return self.there
+
+
+def _first_touches(pair: Pair, tiny: bool) -> tuple[Latencies, Latencies]:
+    """Random first touches of every page, no bulk: the product's and the floor's, whose threads sleep."""
     size_bytes, rounds = (4 * MIB, 1) if tiny else (64 * MIB, 6)
     product, bare = Latencies(), Latencies()
+    shuttle = Shuttle(pair, "idle", size_bytes, "--pattern", "permute", "--write-ratio", "0")
+    for round_number in range(rounds):
+        shuttle.move(bulk=False, warmed=True)
+        product.add(shuttle.first_touches())
+        with shuttle.frozen():
+            done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
+        bare.add(done["histogram"])
+    return product, bare
+
+
+def fault_idle(tiny: bool) -> Result:
+    """Both sleep while they wait."""
     with bench_pair() as pair:
-        shuttle = Shuttle(pair, "idle", size_bytes, "--pattern", "permute", "--write-ratio", "0")
-        for round_number in range(rounds):
-            shuttle.move(bulk=False, warmed=True)
-            product.add(shuttle.first_touches())
-            with shuttle.frozen():
-                done = floor("fault-idle", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
-            bare.add(done["histogram"])
+        product, bare = _first_touches(pair, tiny)
     bounds = (Bound("ratio.p50", 1.15), Bound("ratio.p99", 1.5))
     return Result("fault-idle", "seconds", product.figures(), bare.figures(), bounds)
 
 
-def fault_under_stream(tiny: bool) -> Result:
-    """Random first touches beside bulk at full rate; only those that stalled."""
+def fault_idle_polling(tiny: bool) -> Result:
+    """The product's threads look for a while before they sleep, as they do unless told otherwise."""
+    with bench_pair(polling=True) as pair:
+        product, bare = _first_touches(pair, tiny)
+        polled_seconds = sum(_polled_seconds(daemon) for daemon in (pair.source, pair.destination))
+    figures = {"polled_seconds_per_fault": polled_seconds / product.figures()["n"]}
+    bounds = (Bound("ratio.p50", 0.7),)
+    return Result("fault-idle-polling", "seconds", product.figures(), bare.figures(), bounds, figures)
+
+
+def _polled_seconds(daemon: DaemonProcess) -> float:
+    """CPU time spent looking, of all guests of a daemon so far."""
+    connection = http.client.HTTPConnection(daemon.metrics_address, timeout=10)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    connection.close()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("postcopy_polled_seconds_total{"))
+
+
+class Duplicates:
+    """Pages that came for the second time, told by what one side sent and the other placed."""
+
+    def __init__(self) -> None:
+        self._sent: Counter[str] = Counter()
+        self._placed: Counter[str] = Counter()
+
+    def add(self, sent: MigrationStatus, placed: MigrationStatus) -> None:
+        self._sent.update(sent.pages)
+        self._placed.update(placed.pages)
+
+    def figures(self) -> dict[str, float]:
+        sent, ahead = sum(self._sent.values()), self._sent["readahead"]
+        return {
+            "duplicate_bytes_ratio": (sent - sum(self._placed.values())) / sent,
+            "readahead_bytes_ratio": ahead / sent,
+            "readahead_duplicate_bytes_ratio": (ahead - self._placed["readahead"]) / max(ahead, 1),
+        }
+
+
+def fault_under_stream(tiny: bool) -> list[Result]:
+    """Random first touches beside bulk at full rate; only those that stalled. `random`: what of it came twice."""
     size_bytes, rounds = (16 * MIB, 1) if tiny else (512 * MIB, 9)
     product, bare = Latencies(STALL_NS), Latencies(STALL_NS)
     p99: dict[str, list[float]] = {"product": [], "floor": []}
     p50: dict[str, list[float]] = {"product": [], "floor": []}
+    duplicates = Duplicates()
     with bench_pair() as pair:
         shuttle = Shuttle(pair, "stream", size_bytes, "--pattern", "random", "--write-ratio", "0")
         for round_number in range(rounds):
-            shuttle.move(warmed=True)
+            duplicates.add(shuttle.move(warmed=True), shuttle.at_destination())
             with shuttle.frozen():
                 done = floor("fault-under-stream", memory_bytes=size_bytes, touches=size_bytes // 4096, seed=round_number)
             for side, latencies, buckets in (
@@ -114,9 +179,11 @@ def fault_under_stream(tiny: bool) -> Result:
         for side, latencies in (("product", product), ("floor", bare))
     ]
     bounds = (Bound("ratio.p50", 1.25), Bound("ratio.p99", 1.5))
-    return Result(
+    stalls = Result(
         "fault-under-stream", "seconds", figures[0], figures[1], bounds, {"runs_whose_median_p50_and_p99_are_given": rounds}
     )
+    few = Bound("figures.duplicate_bytes_ratio", 0.05), Bound("figures.readahead_duplicate_bytes_ratio", 0.05)
+    return [stalls, Result("random", "", {}, {}, few, duplicates.figures())]
 
 
 def _cpu_seconds(pair: Pair) -> float:
@@ -132,20 +199,58 @@ def _postcopy_seconds(status: MigrationStatus) -> float:
     return status.timeline_seconds["complete"] - status.timeline_seconds["postcopy"]
 
 
+class Reading:
+    """A guest that reads all of its memory in order while it comes: how fast, and how many pages for each time that it waits for
+    the source. It has no floor in bare C: beside it stands the product's own stream, of a guest that does nothing."""
+
+    def __init__(self, shuttle: Shuttle) -> None:
+        self.shuttle = shuttle
+        self._rates: list[float] = []
+        self._touched = self._stalls = 0
+        self._paths: Counter[str] = Counter()
+
+    def move(self) -> None:
+        status = self.shuttle.move(warmed=True)
+        touched = self.shuttle.pages_touched()
+        self._rates.append(touched * 4096 / _postcopy_seconds(status))
+        self._touched += touched
+        self._stalls += status.faults["remote"].count
+        self._paths.update(self.shuttle.at_destination().pages)
+
+    def result(self, stream_rate: float) -> Result:
+        result = Result("sequential", "bytes/second", {"value": statistics.median(self._rates)}, {"value": stream_rate})
+        result.figures = {
+            "runs": len(self._rates),
+            "pages_per_remote_stall": self._touched / max(self._stalls, 1),
+            "readahead_bytes_ratio": self._paths["readahead"] / self._paths.total(),
+        }
+        result.bounds = (
+            Bound("ratio.value", 0.7, at_least=True),
+            Bound("figures.pages_per_remote_stall", 20, at_least=True),
+        )
+        return result
+
+
 def stream_and_cpu(tiny: bool) -> list[Result]:
-    """A whole memory at full rate, and the CPU time of both daemons for it."""
+    """A whole memory at full rate, the CPU time of both daemons for it, and the same beside a guest that reads it in order."""
     size_bytes, rounds = (16 * MIB, 1) if tiny else (1024 * MIB, 7)
     rates: list[float] = []
     floor_rates: list[float] = []
     cpu: list[float] = []
     floor_cpu: list[float] = []
     with bench_pair() as pair:
-        shuttle = Shuttle(pair, "bulk", size_bytes, "--rate", "1")
+        # Of another size: a daemon gives a guest to any that waits with the same regions.
+        reading = Reading(Shuttle(pair, "reader", size_bytes + MIB, "--pattern", "sequential", "--write-ratio", "0"))
+        with reading.shuttle.frozen():
+            shuttle = Shuttle(pair, "bulk", size_bytes, "--rate", "1")
         for round_number in range(rounds):
-            before = _cpu_seconds(pair)
-            rates.append(size_bytes / _postcopy_seconds(shuttle.move(warmed=True)))
-            cpu.append(_cpu_seconds(pair) - before)
+            with reading.shuttle.frozen():
+                before = _cpu_seconds(pair)
+                rates.append(size_bytes / _postcopy_seconds(shuttle.move(warmed=True)))
+                cpu.append(_cpu_seconds(pair) - before)
             with shuttle.frozen():
+                reading.move()
+            with shuttle.frozen(), reading.shuttle.frozen():
                 done = floor("stream", memory_bytes=size_bytes, seed=round_number)
             floor_rates.append(done["value"])
             floor_cpu.append(done["cpu_seconds_per_gib"])
@@ -162,6 +267,7 @@ def stream_and_cpu(tiny: bool) -> list[Result]:
     return [
         stream,
         Result("cpu", "seconds", {"value": per_gib}, {"value": statistics.median(floor_cpu)}, bounds, {"runs": rounds}),
+        reading.result(stream.product["value"]),
     ]
 
 
@@ -172,12 +278,12 @@ def _rss_anon_bytes(daemon: DaemonProcess) -> int:
     raise AssertionError("no RssAnon in /proc/PID/status")
 
 
-def _hops(moves: int, into: list[float]) -> None:
+def hops(moves: int, into: list[float]) -> None:
     for low_ns, count in floor("hops", moves=moves)["histogram"]:
         into += [low_ns / 1e9] * count
 
 
-def _downtime(status: MigrationStatus) -> float:
+def downtime_seconds(status: MigrationStatus) -> float:
     assert status.downtime_seconds is not None, f"the guest told no first step: {status}"
     return status.downtime_seconds
 
@@ -196,12 +302,12 @@ def downtime(tiny: bool) -> Result:
         for _ in range(batches):
             with large.frozen():
                 for _ in range(moves):
-                    small_seconds.append(_downtime(small.move()))
+                    small_seconds.append(downtime_seconds(small.move()))
             with small.frozen():
-                large_seconds.append(_downtime(large.move()))
+                large_seconds.append(downtime_seconds(large.move()))
                 rss_bytes = max(rss_bytes, *(_rss_anon_bytes(daemon) for daemon in (pair.source, pair.destination)))
             with small.frozen(), large.frozen():
-                _hops(moves, bare)
+                hops(moves, bare)
     result = Result("downtime", "seconds", samples_figures(small_seconds), samples_figures(bare))
     p50_large = quantile(large_seconds, 0.5)
     result.figures = {
@@ -255,18 +361,21 @@ def downtime_scraped(tiny: bool) -> Result:
         with scraped(pair, 10) as done:
             for _ in range(batches):
                 for _ in range(moves):
-                    seconds.append(_downtime(small.move()))
+                    seconds.append(downtime_seconds(small.move()))
                 with small.frozen():
-                    _hops(moves, bare)
+                    hops(moves, bare)
     bounds = (Bound("product.p99", 0.002),)
     return Result("downtime-scraped", "seconds", samples_figures(seconds), samples_figures(bare), bounds, {"scrapes": done[0]})
 
 
 SCENARIOS: dict[str, Callable[[bool], Result | list[Result]]] = {
     "fault-idle": fault_idle,
+    "fault-idle-polling": fault_idle_polling,
     "fault-under-stream": fault_under_stream,
+    "random": fault_under_stream,
     "stream": stream_and_cpu,
     "cpu": stream_and_cpu,
+    "sequential": stream_and_cpu,
     "downtime": downtime,
     "downtime-scraped": downtime_scraped,
 }

@@ -68,7 +68,7 @@ class LoopResult:
         if self.reason == "page-unasked":
             return DataPlaneError(at, expected="only pages that were requested", got="a page nobody asked for", code=self.reason)
         if self.reason == "page-duplicate":
-            return DataPlaneError(at, expected="each page once by bulk", got="the page a second time", code=self.reason)
+            return DataPlaneError(at, expected="each page once a path", got="it a second time", code=self.reason)
         if self.reason == "incomplete":
             return DataPlaneError(at, expected="a final page state", got=self.got, code=self.reason)
         if self.reason == "tracking-failed":
@@ -213,7 +213,7 @@ class DestinationPlane(_Plane):
         return self._run("receive", lib.receive_loop, bulk_socket, precopy)
 
     def open(self) -> None:
-        """The guest has been resumed here: what comes by bulk from now on is final (P2)."""
+        """The guest has been resumed here: what comes unasked from now on is final (P2)."""
         lib.destination_open(self._pointer)
 
     def clean(self) -> LoopResult:

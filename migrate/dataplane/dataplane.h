@@ -66,13 +66,19 @@ enum fault_kind {
 #define DESTINATION_COUNTERS(X)                                             \
     X(faults_remote) X(faults_local) X(faults_zero)                         \
     X(pages_urgent) X(pages_bulk)   /* placed, with content */              \
+    X(pages_readahead)              /* the same, sent behind those that were asked for */ \
     X(pages_zero)                   /* told to be zero, by either path */   \
     X(pages_dropped)                /* came late: another copy was placed */ \
+    X(pages_readahead_dropped)      /* of these, by readahead */            \
     X(bytes_urgent) X(bytes_bulk)   /* received, headers included */        \
+    X(bytes_readahead)              /* of bytes_urgent */                   \
+    X(faults_awaited)               /* remote, and bulk was about to bring the page: not asked for at once */ \
     X(pages_precopy) X(bytes_precopy) /* while the guest ran at the source: copies, zero pages among them */ \
     X(pages_held)                   /* distinct pages precopied */          \
     X(pages_stale) X(pages_kept)    /* of these, found stale, and found final with content */ \
     X(faults_held)                  /* remote, on a page held before the stale set had spoken */ \
+    X(faults_unsettled)             /* remote, before the stale set had been applied; without precopy all of them */ \
+    X(pages_stale_touched)          /* distinct stale pages on which a fault waited */ \
     X(settled_ns)                   /* CLOCK_MONOTONIC: the stale set has been applied */ \
     X(pages_removed)                /* discarded by the guest before they had come */ \
     X(removes)                      /* REMOVE events read */                \
@@ -105,7 +111,7 @@ void fault_loop(struct destination *destination, int urgent_socket, struct loop_
 void receive_loop(struct destination *destination, int bulk_socket, bool precopy, struct loop_result *result);
 /* Readable once the mark has come: no precopied byte is in flight. */
 int destination_marked_fd(const struct destination *destination);
-/* The guest has been resumed here: what comes by bulk from now on is final. */
+/* The guest has been resumed here: what comes unasked from now on is final. */
 void destination_open(struct destination *destination);
 /* Before the loops begin: a REMOVE event (MADV_REMOVE) makes pages that are not here yet zero. Without this it means nothing
  * (MADV_DONTNEED of shared memory, which raises the same event, keeps the data): events are only read. */
@@ -134,6 +140,8 @@ void destination_latency(const struct destination *destination, uint32_t fault_k
     X(requests)                                                \
     X(pages_urgent) X(pages_bulk) X(pages_zero_urgent) X(pages_zero_bulk) \
     X(bytes_urgent) X(bytes_bulk) /* sent, headers included */ \
+    X(pages_readahead) X(pages_zero_readahead) /* behind those that were asked for */ \
+    X(bytes_readahead)            /* of bytes_urgent */ \
     X(pages_precopy) X(pages_zero_precopy) X(bytes_precopy)    \
     X(pages_pending)              /* precopy: to be sent in this round */ \
     X(pages_written) X(bytes_written) /* as the last precopy_count found */ \

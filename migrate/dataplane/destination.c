@@ -27,6 +27,7 @@ struct destination *destination_create(const struct memory_region *regions, uint
     }
     destination->userfaultfd = userfaultfd;
     atomic_init(&destination->map_steer, STEER_NONE);
+    atomic_init(&destination->bulk_next, STEER_NONE);
     destination->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->final_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->marked_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -81,6 +82,7 @@ int destination_marked_fd(const struct destination *destination)
 
 void destination_open(struct destination *destination)
 {
+    atomic_store_explicit(&destination->opened, true, memory_order_release);
     eventfd_write(destination->open_fd, 1);
 }
 
@@ -106,8 +108,9 @@ static bool note_copy(struct destination *destination, const struct region *regi
 {
     _Atomic uint8_t *copies = &destination->copies[region->first_page + page_index];
     bool allowed;
-    if (path == PATH_BULK) {
-        allowed = !(atomic_fetch_or_explicit(copies, COPY_BULK, memory_order_relaxed) & COPY_BULK);
+    if (path != PATH_URGENT) {
+        uint8_t once = path == PATH_BULK ? COPY_BULK : COPY_AHEAD;
+        allowed = !(atomic_fetch_or_explicit(copies, once, memory_order_relaxed) & once);
     } else {
         allowed = atomic_fetch_and_explicit(copies, (uint8_t)~COPY_ASKED, memory_order_relaxed) & COPY_ASKED;
         if (allowed)
@@ -115,7 +118,7 @@ static bool note_copy(struct destination *destination, const struct region *regi
     }
     if (allowed)
         return true;
-    result_fail(result, path == PATH_BULK ? LOOP_PAGE_DUPLICATE : LOOP_PAGE_UNASKED, 0, "frame");
+    result_fail(result, path == PATH_URGENT ? LOOP_PAGE_UNASKED : LOOP_PAGE_DUPLICATE, 0, "frame");
     result->region = (uint32_t)(region - destination->memory.regions);
     result->page_index = page_index;
     return false;
@@ -126,6 +129,20 @@ static bool wake_again(const struct destination *destination, const struct regio
 {
     resolve_wake(destination->userfaultfd, region, page_index, page_count);
     return true;
+}
+
+/* A run that goes on at this page has come: faults right behind it may wait for bulk (patience.h). */
+static void note_next(struct destination *destination, enum page_path path, uint64_t page)
+{
+    if (path == PATH_BULK)
+        atomic_store_explicit(&destination->bulk_next, page, memory_order_relaxed);
+}
+
+static void count_dropped(struct destination *destination, enum page_path path)
+{
+    count(&destination->pages_dropped, 1);
+    if (path == PATH_AHEAD)
+        count(&destination->pages_readahead_dropped, 1);
 }
 
 static bool resolution_failed(const struct resolution *resolution, const char *where, struct loop_result *result)
@@ -221,8 +238,9 @@ static bool place_claimed(struct destination *destination, const struct region *
         return false;
     for (; wanted != 0; wanted &= wanted - 1)
         destination_end_wait(destination, region->first_page + first + (uint64_t)__builtin_ctzll(wanted), FAULT_REMOTE);
+    _Atomic uint64_t *pages_placed[] = {&destination->pages_urgent, &destination->pages_bulk, &destination->pages_readahead};
     uint64_t placed = (uint64_t)__builtin_popcountll(present);
-    count(path == PATH_URGENT ? &destination->pages_urgent : &destination->pages_bulk, placed);
+    count(pages_placed[path], placed);
     destination_became_final(destination, placed);
     return true;
 }
@@ -240,11 +258,12 @@ bool destination_take_pages(struct destination *destination, const struct region
             if (!note_copy(destination, region, page_index + run_pages, path, result))
                 break;
             if (!page_claim(&state[page_index + run_pages])) {
-                count(&destination->pages_dropped, 1);
+                count_dropped(destination, path);
                 break;
             }
             run_pages++;
         }
+        note_next(destination, path, region->first_page + page_index + run_pages);
         if (run_pages > 0 && !place_claimed(destination, region, page_index, run_pages, bytes, path, result))
             return false;
         if (result->reason == LOOP_PAGE_UNASKED || result->reason == LOOP_PAGE_DUPLICATE)
@@ -279,11 +298,12 @@ bool destination_take_zeroes(struct destination *destination, const struct regio
                              enum page_path path, struct loop_result *result)
 {
     page_byte *state = &destination->state[region->first_page];
+    note_next(destination, path, region->first_page + page_index + page_count);
     for (uint64_t i = page_index; i < page_index + page_count; i++) {
         if (!note_copy(destination, region, i, path, result))
             return false;
         if (!page_claim(&state[i])) {
-            count(&destination->pages_dropped, 1);
+            count_dropped(destination, path);
             continue;
         }
         int error_number = destination_clear_old(destination, region, i, 1);

@@ -12,6 +12,8 @@
 /* Where a page's copies have come from, one atomic byte a page: a second copy by the same path is the peer's error. */
 #define COPY_ASKED 0x01u /* requested on the urgent connection, not answered yet (only the fault loop's thread) */
 #define COPY_BULK 0x02u  /* came by bulk */
+#define COPY_AHEAD 0x08u /* came by readahead */
+#define COPY_STALE 0x10u /* the stale set names it */
 #define COPY_IN_FILE 0x04u /* precopied: the file holds bytes of it, stale ones perhaps */
 
 struct destination {
@@ -25,6 +27,8 @@ struct destination {
     page_byte *state;
     _Atomic uint8_t *copies;
     _Atomic uint64_t map_steer; /* flat page of the last local fault: where to map ahead next; STEER_NONE */
+    _Atomic bool opened; /* the guest has been resumed here */
+    _Atomic uint64_t bulk_next; /* flat page behind the last run that came by bulk: where the next one is likely; STEER_NONE */
     uint64_t judged_final; /* by the stale set; only the bulk loop that takes it */
     bool removed_is_zero;  /* what a REMOVE event means for pages not here yet; else nothing */
     _Atomic uint32_t events_turn; /* odd: events have been read, or are being read, and are not all applied (discard.c) */

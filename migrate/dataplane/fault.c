@@ -3,7 +3,7 @@
  * One thread does both, since a wake-up costs more than everything else on this path: the thread that asked is the one
  * that maps the answer. It never blocks on the network: the send is non-blocking, and what does not fit stays in a fixed
  * buffer of request frames; beyond that it stays REQUESTED in the state bytes, which are searched when there is room again.
- * Faults are read first whatever the network does.
+ * Faults are read first whatever the network does. A fault right ahead of bulk waits a moment before the source is asked (patience.h).
  *
  * A guest may ask for REMOVE events besides: they are applied as they are read, before anything else is done (discard.c). */
 #include <errno.h>
@@ -11,6 +11,7 @@
 
 #include "inbox.h"
 #include "../uffd/kernel.h"
+#include "patience.h"
 #include "poller.h"
 #include "result.h"
 #include "schedule.h"
@@ -29,6 +30,7 @@ struct fault_context {
     struct destination *destination;
     struct inbox inbox;
     struct request_queue queue;
+    struct patience patience;
     struct poller poller;
 };
 
@@ -105,6 +107,39 @@ static bool map_around(struct fault_context *context, const struct region *regio
     return destination_map_present(context->destination, region, first, end - first, result);
 }
 
+static void count_remote(struct destination *destination, uint64_t page, uint8_t seen)
+{
+    count(&destination->faults_remote, 1);
+    if (atomic_load_explicit(&destination->settled_ns, memory_order_relaxed) == 0)
+        count(&destination->faults_unsettled, 1);
+    if (!(seen & PAGE_WANTED) && atomic_load_explicit(&destination->copies[page], memory_order_relaxed) & COPY_STALE)
+        count(&destination->pages_stale_touched, 1);
+}
+
+/* The source is asked, unless bulk is about to bring the page. */
+static void fetch(struct fault_context *context, const struct region *region, uint64_t page_index, uint64_t now_ns)
+{
+    struct destination *destination = context->destination;
+    uint64_t bulk_next = atomic_load_explicit(&destination->bulk_next, memory_order_relaxed);
+    if (patience_put(&context->patience, region->first_page + page_index, bulk_next, now_ns))
+        count(&destination->faults_awaited, 1);
+    else
+        queue_request(context, region, page_index);
+}
+
+/* Bulk did not bring these in time. */
+static void fetch_awaited(struct fault_context *context)
+{
+    struct destination *destination = context->destination;
+    uint64_t page, now_ns = clock_monotonic_ns();
+    while (patience_take(&context->patience, now_ns, &page)) {
+        const struct region *region = memory_at_page(&destination->memory, page);
+        bool requested = PAGE_STATE(page_load(&destination->state[page])) == PAGE_REQUESTED;
+        if (requested && !(atomic_load_explicit(&destination->copies[page], memory_order_relaxed) & COPY_ASKED))
+            queue_request(context, region, page - region->first_page);
+    }
+}
+
 static bool handle_fault(struct fault_context *context, uint64_t address, uint64_t now_ns, struct loop_result *result)
 {
     struct destination *destination = context->destination;
@@ -124,12 +159,12 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
         count(&destination->faults_held, 1);
         /* fallthrough */
     case PAGE_ABSENT:
-        count(&destination->faults_remote, 1);
-        queue_request(context, region, page_index);
+        count_remote(destination, page, seen);
+        fetch(context, region, page_index, now_ns);
         return true;
     case PAGE_REQUESTED:
     case PAGE_RECEIVING:
-        count(&destination->faults_remote, 1); /* on its way: whoever receives it resolves the fault */
+        count_remote(destination, page, seen); /* on its way: whoever receives it resolves the fault */
         return true;
     case PAGE_ZERO:
     case PAGE_REMOVED:
@@ -205,12 +240,13 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
 {
     struct destination *destination = context->destination;
     bool sending = context->queue.sent_bytes < context->queue.queued_bytes;
-    struct pollfd polled[3] = {
+    struct pollfd polled[4] = {
         {.fd = destination->userfaultfd, .events = POLLIN},
         {.fd = context->inbox.channel.socket, .events = (short)(POLLIN | (sending ? POLLOUT : 0))},
         {.fd = destination->stop_fd, .events = POLLIN},
+        {.fd = context->patience.timer_fd, .events = POLLIN},
     };
-    if (poller_wait(&context->poller, polled, 3, &destination->polled_ns) < 0)
+    if (poller_wait(&context->poller, polled, 4, &destination->polled_ns) < 0)
         return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
     if (polled[2].revents)
         return result_fail(result, LOOP_STOPPED, 0, "poll");
@@ -220,6 +256,8 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         return result_fail(result, LOOP_GUEST_GONE, 0, "poll userfaultfd");
     if ((polled[0].revents & POLLIN) && !read_events(context, result))
         return false;
+    if (polled[3].revents)
+        fetch_awaited(context);
     if (!send_requests(context, result))
         return false;
     if (polled[1].revents & ~POLLOUT)
@@ -236,9 +274,16 @@ void fault_loop(struct destination *destination, int urgent_socket, struct loop_
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;
     }
+    error_number = patience_init(&context.patience);
+    if (error_number != 0) {
+        result_fail(result, LOOP_MEMORY_FAILED, error_number, "timerfd_create");
+        inbox_deinit(&context.inbox);
+        return;
+    }
     thread_named("fault");
     schedule_urgent();
     while (fault_round(&context, result))
         ;
+    patience_deinit(&context.patience);
     inbox_deinit(&context.inbox);
 }

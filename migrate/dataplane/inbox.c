@@ -29,7 +29,8 @@ void inbox_deinit(struct inbox *inbox)
     free(inbox->buffer);
 }
 
-static uint32_t accepted(const struct inbox *inbox)
+/* Unasked pages come only once the guest has been resumed here: before that they would not be final (P2). */
+static uint32_t accepted(const struct inbox *inbox, const struct destination *destination)
 {
     switch (inbox->phase) {
     case INBOX_PRECOPY:
@@ -40,13 +41,22 @@ static uint32_t accepted(const struct inbox *inbox)
     case INBOX_FINAL:
         break;
     }
-    return 1u << FRAME_PAGES | 1u << FRAME_ZERO;
+    uint32_t accepted = 1u << FRAME_PAGES | 1u << FRAME_ZERO;
+    if (inbox->path == PATH_URGENT && atomic_load_explicit(&destination->opened, memory_order_acquire))
+        accepted |= 1u << FRAME_AHEAD | 1u << FRAME_AHEAD_ZERO;
+    return accepted;
 }
 
-static struct frame_verdict check_header(const struct inbox *inbox, const struct memory *memory)
+static enum page_path path_of_frame(const struct inbox *inbox)
 {
+    return inbox->frame.kind == FRAME_AHEAD || inbox->frame.kind == FRAME_AHEAD_ZERO ? PATH_AHEAD : inbox->path;
+}
+
+static struct frame_verdict check_header(const struct inbox *inbox, const struct destination *destination)
+{
+    const struct memory *memory = &destination->memory;
     const struct frame_header *frame = &inbox->frame;
-    struct frame_verdict verdict = frame_check(frame, accepted(inbox), memory->region_count);
+    struct frame_verdict verdict = frame_check(frame, accepted(inbox, destination), memory->region_count);
     if (verdict.field != FRAME_FIELD_NONE)
         return verdict;
     if (frame->kind == FRAME_MARK)
@@ -57,7 +67,7 @@ static struct frame_verdict check_header(const struct inbox *inbox, const struct
         return verdict;
     if (frame->kind == FRAME_STALE)
         return verdict_check(memory, &inbox->stale, frame);
-    if (inbox->path == PATH_URGENT && frame->length_bytes != region->memory.page_bytes)
+    if (path_of_frame(inbox) == PATH_URGENT && frame->length_bytes != region->memory.page_bytes)
         return (struct frame_verdict){FRAME_FIELD_LENGTH, region->memory.page_bytes, frame->length_bytes};
     return verdict;
 }
@@ -68,19 +78,22 @@ static bool begin_frame(struct inbox *inbox, struct destination *destination, st
     memcpy(&inbox->frame, inbox->buffer + inbox->start, FRAME_HEADER_BYTES);
     inbox->start += FRAME_HEADER_BYTES;
     const struct frame_header *frame = &inbox->frame;
-    struct frame_verdict verdict = check_header(inbox, &destination->memory);
+    struct frame_verdict verdict = check_header(inbox, destination);
     if (verdict.field != FRAME_FIELD_NONE)
         return result_frame(result, LOOP_FRAME_INVALID, frame, verdict);
     const struct region *region = &destination->memory.regions[frame->region];
     uint64_t page_count = frame->length_bytes / region->memory.page_bytes;
+    if (path_of_frame(inbox) == PATH_AHEAD)
+        count(&destination->bytes_readahead, FRAME_HEADER_BYTES + (frame->kind == FRAME_AHEAD ? frame->length_bytes : 0));
     switch (frame->kind) {
     case FRAME_MARK:
         inbox->phase = INBOX_MARKED;
         return true;
     case FRAME_ZERO:
+    case FRAME_AHEAD_ZERO:
         if (inbox->phase == INBOX_PRECOPY)
             return precopy_hold_zeroes(destination, region, frame->page_index, page_count, result);
-        return destination_take_zeroes(destination, region, frame->page_index, page_count, inbox->path, result);
+        return destination_take_zeroes(destination, region, frame->page_index, page_count, path_of_frame(inbox), result);
     case FRAME_STALE:
         inbox->payload_bytes_left = verdict_bytes(page_count);
         return true;
@@ -123,7 +136,7 @@ static bool take_payload(struct inbox *inbox, struct destination *destination, s
     const char *bytes = inbox->buffer + inbox->start;
     bool taken = inbox->phase == INBOX_PRECOPY
                      ? precopy_hold_pages(destination, region, inbox->next_page_index, page_count, bytes, result)
-                     : destination_take_pages(destination, region, inbox->next_page_index, page_count, bytes, inbox->path, result);
+                     : destination_take_pages(destination, region, inbox->next_page_index, page_count, bytes, path_of_frame(inbox), result);
     if (!taken)
         return false;
     inbox->start += page_count * region->memory.page_bytes;

@@ -88,6 +88,14 @@ void memory_deinit(struct memory *memory)
     memory->region_count = 0;
 }
 
+const struct region *memory_at_page(const struct memory *memory, uint64_t page)
+{
+    const struct region *region = memory->regions;
+    while (page >= region->first_page + region->page_count)
+        region++;
+    return region;
+}
+
 const struct region *memory_at_address(const struct memory *memory, uint64_t address)
 {
     for (uint32_t i = 0; i < memory->region_count; i++) {

@@ -30,6 +30,8 @@ int memory_init(struct memory *memory, const struct memory_region *regions, uint
 int memory_map_aliases(struct memory *memory);
 void memory_deinit(struct memory *memory);
 
+/* The region of a flat page number below page_total. */
+const struct region *memory_at_page(const struct memory *memory, uint64_t page);
 /* The region that holds a guest address; NULL when none does. */
 const struct region *memory_at_address(const struct memory *memory, uint64_t address);
 

@@ -4,7 +4,7 @@
 
 #include "memory.h"
 
-enum page_path { PATH_URGENT = 0, PATH_BULK = 1 };
+enum page_path { PATH_URGENT = 0, PATH_BULK = 1, PATH_AHEAD = 2 };
 
 /* Write whole pages. 0 or an errno; never a signal. The caller has claimed every page of the run. */
 int place_pages(const struct region *region, uint64_t page_index, uint64_t page_count, const void *bytes, enum page_path path);

@@ -79,7 +79,10 @@ void settle_judge(struct destination *destination, const struct region *region, 
     page_byte *state = &destination->state[region->first_page + page_index];
     uint64_t kept = 0, zero = 0, lacking = 0;
     for (uint64_t i = 0; i < page_count; i++) {
-        enum page_state now = page_judge(&state[i], stale[i / 8] >> i % 8 & 1);
+        bool is_stale = stale[i / 8] >> i % 8 & 1;
+        if (is_stale) /* before a fault can find it lacking */
+            atomic_fetch_or_explicit(&destination->copies[region->first_page + page_index + i], COPY_STALE, memory_order_relaxed);
+        enum page_state now = page_judge(&state[i], is_stale);
         kept += now == PAGE_PRESENT;
         zero += now == PAGE_ZERO;
         lacking += now == PAGE_ABSENT;

@@ -115,7 +115,7 @@ void precopy_send(struct source *source, int bulk_socket, struct loop_result *re
 {
     result_reset(result);
     struct run_sender sender;
-    int error_number = run_sender_init(&sender, source, bulk_socket, true);
+    int error_number = run_sender_init(&sender, source, bulk_socket, RUN_PRECOPY);
     if (error_number != 0) {
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;

@@ -1,26 +1,53 @@
 /* The serve loop: the urgent connection at the source. Reads requests, answers each with its page.
  *
  * P2: it waits at the gate until the guest is paused for good, so what it sends is final. Header and page go out in one
- * send. Bulk goes on behind the page asked for. */
+ * send. Bulk goes on behind the page asked for.
+ *
+ * Readahead (readahead.c) goes out here too, not by bulk: what bulk has on its way, megabytes, would come first, and with it
+ * milliseconds in which the reader asks for each page by itself. Requests are answered between any two pieces of it, and a
+ * piece is only sent when the last ones have left the socket: an answer waits behind 64 KiB and what is on the wire. It is a share of
+ * what bulk has to send: there is none before bulk begins, nor without bulk. */
 #include <poll.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 
 #include "channel.h"
 #include "poller.h"
+#include "readahead.h"
 #include "result.h"
 #include "schedule.h"
 #include "source.h"
 
 #define REQUESTS_PER_RECV 256
+#define PIECE_BYTES (64u << 10)
+#define MARGIN_BYTES (8u << 20) /* what bulk may have on its way: the reader is to come there when it has arrived */
 
 struct serve_context {
     struct source *source;
     struct channel channel;
     struct poller poller;
+    struct readahead readahead;
+    struct run_sender ahead;
     char *page; /* the largest */
     struct frame_header request[REQUESTS_PER_RECV];
     size_t received_bytes;
 };
+
+/* A page that bulk has not sent is asked for: where bulk goes on from there. Behind the page; but a reader in order is served from
+ * here, so bulk leaves him room, or he would be upon it at once. */
+static uint64_t note_request(struct serve_context *context, const struct region *region, uint64_t page, bool first)
+{
+    struct source *source = context->source;
+    uint64_t page_bytes = region->memory.page_bytes;
+    if (page_bytes > PIECE_BYTES || !atomic_load_explicit(&source->streaming, memory_order_acquire))
+        return first ? page + 1 : STEER_NONE;
+    uint64_t behind = readahead_note(&context->readahead, page, region->first_page + region->page_count);
+    if (!first) /* bulk has sent it, and is ahead already */
+        return STEER_NONE;
+    return behind == page + 1 ? behind : behind + MARGIN_BYTES / page_bytes;
+}
 
 static bool answer_request(struct serve_context *context, const struct frame_header *request, struct loop_result *result)
 {
@@ -38,7 +65,7 @@ static bool answer_request(struct serve_context *context, const struct frame_hea
 
     count(&source->requests, 1);
     uint64_t page = region->first_page + request->page_index;
-    source_mark_sent(source, page);
+    bool first = source_mark_sent(source, page);
     if (!source_read_pages(region, request->page_index, 1, context->page, result))
         return false;
     bool zero = page_is_zero(context->page, page_bytes);
@@ -48,23 +75,48 @@ static bool answer_request(struct serve_context *context, const struct frame_hea
     count(&source->bytes_urgent, FRAME_HEADER_BYTES + (zero ? 0 : page_bytes));
     if (!channel_send_all(&context->channel, pieces, zero ? 1 : 2, source->stop_fd, result))
         return false;
-    atomic_store_explicit(&source->steer, page + 1, memory_order_relaxed);
+    uint64_t steer = note_request(context, region, page, first);
+    if (steer != STEER_NONE)
+        atomic_store_explicit(&source->steer, steer, memory_order_relaxed);
     return true;
 }
 
-static bool wait_for_requests(struct serve_context *context, struct loop_result *result)
+/* What of the window nobody else has sent. */
+static bool send_ahead(struct serve_context *context, uint64_t page, uint64_t page_count, struct loop_result *result)
 {
     struct source *source = context->source;
-    struct pollfd polled[2] = {{.fd = context->channel.socket, .events = POLLIN}, {.fd = source->stop_fd, .events = POLLIN}};
+    const struct region *region = region_of_page(source, page);
+    for (uint64_t end = page + page_count; page < end;) {
+        uint64_t run_pages = 0;
+        while (page + run_pages < end && source_mark_sent(source, page + run_pages))
+            run_pages++;
+        if (run_pages > 0 && !run_send(&context->ahead, region, page - region->first_page, run_pages, result))
+            return false;
+        page += run_pages > 0 ? run_pages : 1;
+    }
+    return true;
+}
+
+/* Wait until a request is there, or there is room for what goes out ahead. */
+static bool wait_for_work(struct serve_context *context, short *events, struct loop_result *result)
+{
+    struct source *source = context->source;
+    short wanted = (short)(POLLIN | (readahead_pending(&context->readahead) ? POLLOUT : 0));
+    struct pollfd polled[2] = {{.fd = context->channel.socket, .events = wanted}, {.fd = source->stop_fd, .events = POLLIN}};
     if (poller_wait(&context->poller, polled, 2, &source->polled_ns) < 0 && errno != EINTR)
         return result_fail(result, LOOP_CONNECTION_FAILED, errno, "poll");
+    *events = polled[0].revents;
     return !polled[1].revents || result_fail(result, LOOP_STOPPED, 0, "poll");
 }
 
 static bool serve_round(struct serve_context *context, struct loop_result *result)
 {
-    if (!wait_for_requests(context, result))
+    short events = 0;
+    uint64_t page, page_count;
+    if (!wait_for_work(context, &events, result))
         return false;
+    if (events == POLLOUT && readahead_next(&context->readahead, &page, &page_count))
+        return send_ahead(context, page, page_count, result);
     char *buffer = (char *)context->request;
     ssize_t received_bytes = channel_receive(&context->channel, buffer + context->received_bytes,
                                              sizeof(context->request) - context->received_bytes, result);
@@ -80,19 +132,30 @@ static bool serve_round(struct serve_context *context, struct loop_result *resul
     return true;
 }
 
+/* What waits in the socket to be sent waits in front of the next answer. */
+static void keep_socket_short(int urgent_socket)
+{
+    int unsent_bytes = 2 * PIECE_BYTES; /* room is told when half of it is left */
+    setsockopt(urgent_socket, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent_bytes, sizeof(unsent_bytes)); /* where it is TCP */
+}
+
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result)
 {
     result_reset(result);
     struct serve_context context = {.source = source, .channel = {.socket = urgent_socket}, .poller = {.most_ns = source->poll_ns}};
     context.page = malloc(source->memory.page_bytes_max);
-    if (!context.page) {
+    if (!context.page || run_sender_init(&context.ahead, source, urgent_socket, RUN_AHEAD) != 0) {
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");
+        free(context.page);
         return;
     }
+    if (source->memory.page_bytes_max <= PIECE_BYTES)
+        keep_socket_short(urgent_socket);
     thread_named("serve");
     schedule_urgent();
     if (wait_ready(source->open_fd, POLLIN, source->stop_fd, result))
         while (serve_round(&context, result))
             ;
+    run_sender_deinit(&context.ahead);
     free(context.page);
 }

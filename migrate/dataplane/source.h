@@ -15,7 +15,8 @@ struct source {
     _Atomic uint8_t *sent;  /* one byte a page: has been sent by some path since the guest was paused */
     int pagemap_fd;         /* of the guest, borrowed; -1: no precopy */
     _Atomic uint8_t *pending; /* precopy, one byte a page: to be sent in this round; after the pause: stale */
-    _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind the last fault; STEER_NONE */
+    _Atomic bool streaming; /* bulk sends: what nobody has asked for may go out */
+    _Atomic uint64_t steer; /* flat page from which bulk goes on next: behind a fault (serve.c); STEER_NONE */
 #define X(name) _Atomic uint64_t name;
     SOURCE_COUNTERS(X)
 #undef X
@@ -29,16 +30,18 @@ bool source_read_pages(const struct region *region, uint64_t page_index, uint64_
 bool page_is_zero(const char *bytes, size_t size_bytes);
 const struct region *region_of_page(const struct source *source, uint64_t page);
 
-/* What a bulk connection sends through: one run at a time, read into a hot buffer. */
+enum run_path { RUN_BULK, RUN_PRECOPY, RUN_AHEAD };
+
+/* What sends pages that nobody has asked for: one run at a time, read into a hot buffer. */
 struct run_sender {
     struct source *source;
     struct channel channel;
     char *buffer;
     size_t buffer_bytes;
-    bool precopy; /* counted as such */
+    enum run_path path;
 };
 /* 0 or ENOMEM. */
-int run_sender_init(struct run_sender *sender, struct source *source, int bulk_socket, bool precopy);
+int run_sender_init(struct run_sender *sender, struct source *source, int socket, enum run_path path);
 void run_sender_deinit(struct run_sender *sender);
 /* Read and send [page_index, +page_count), at most buffer_bytes: alternating runs of pages and of zeroes. */
 bool run_send(struct run_sender *sender, const struct region *region, uint64_t page_index, uint64_t page_count, struct loop_result *result);

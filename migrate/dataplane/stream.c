@@ -74,15 +74,17 @@ void stream_loop(struct source *source, int bulk_socket, struct loop_result *res
 {
     result_reset(result);
     struct stream_context context = {.source = source};
-    int error_number = run_sender_init(&context.sender, source, bulk_socket, false);
+    int error_number = run_sender_init(&context.sender, source, bulk_socket, RUN_BULK);
     if (error_number != 0) {
         result_fail(result, LOOP_MEMORY_FAILED, error_number, "malloc");
         return;
     }
     thread_named("stream");
     schedule_bulk();
-    if (settled(&context, result) && wait_ready(source->open_bulk_fd, POLLIN, source->stop_fd, result))
+    if (settled(&context, result) && wait_ready(source->open_bulk_fd, POLLIN, source->stop_fd, result)) {
+        atomic_store_explicit(&source->streaming, true, memory_order_release); /* not before: what is lacking is known only now */
         while (stream_round(&context, result))
             ;
+    }
     run_sender_deinit(&context.sender);
 }

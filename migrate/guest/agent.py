@@ -49,7 +49,6 @@ from proto.messages import (
 )
 
 YIELDING_NS = 400_000
-FIRST_STEP_MS_DEFAULT = 5
 FIRST_STEP_MS = 2
 """How long `running` waits for the guest's first step; it is told then in any case."""
 
@@ -124,13 +123,13 @@ class Agent:
         remove_means: Literal["zero", "keep"] | None = None,
         declares: Sequence[str] = (),
         machine_kind: str | None = None,
-        first_step_ms: int = FIRST_STEP_MS_DEFAULT,
+        wake_ms: int = 0,
     ) -> None:
         """What ``hello`` says of the guest (PROTOCOL.md). ``remove_means``: what its REMOVE events mean for pages that have not
         come; None: it raises none. ``machine_kind``: what it is, in its own words: it moves only to one that says the same."""
         self.guest_id, self.memory, self.machine, self.role = guest_id, memory, machine, role
         self._remove_means, self._declares = remove_means, list(declares)
-        self._machine_kind, self._first_step_ms = machine_kind, first_step_ms
+        self._machine_kind, self._wake_ms = machine_kind, wake_ms
         self._discards_told = 0  # and not answered
         self.userfaultfd = memory.register(remove_events=remove_means is not None) if role is GuestRole.WAITING else -1
         self._epoch: int | None = None
@@ -170,7 +169,7 @@ class Agent:
             memory_files=len(self.memory.files),
             remove_means=self._remove_means,
             machine=self._machine_kind,
-            first_step_ms=self._first_step_ms,
+            wake_ms=self._wake_ms,
             declares=self._declares,
             offers=["tracking"],  # also of a waiting guest: once it is whole it can be moved on
         )

@@ -19,7 +19,11 @@ from migrate.pair import COMMAND
 from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
-SCENARIOS = ["fault-idle", "fault-under-stream", "stream", "cpu", "downtime", "downtime-scraped"]
+SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking"]
+VALUE = {"stream", "cpu", "sequential"}
+BARE = {"random", "tracking"}
+"""Figures of the product alone."""
 
 
 @pytest.mark.timeout(90)
@@ -32,8 +36,12 @@ def test_every_scenario_runs(tmp_path: Path) -> None:
     assert set(written["environment"]) == {"cpu_model", "cores", "memory_bytes", "kernel"}
     assert [scenario["name"] for scenario in written["scenarios"]] == SCENARIOS
     for scenario in written["scenarios"]:
+        if scenario["name"] in BARE:
+            assert scenario["product"] == scenario["floor"] == {}
+            assert scenario["figures"]
+            continue
         assert scenario["unit"] in ("seconds", "bytes/second")
-        figures = {"value"} if scenario["name"] in ("stream", "cpu") else {"p50", "p99", "n"}
+        figures = {"value"} if scenario["name"] in VALUE else {"p50", "p99", "n"}
         assert set(scenario["product"]) == set(scenario["floor"]) == figures
         assert set(scenario["ratio"]) == figures - {"n"}
         assert all(value > 0 for value in scenario["product"].values())

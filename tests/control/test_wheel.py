@@ -17,6 +17,7 @@ DEADLINE_SECONDS = 100.0
 EXTENSIONS = {
     "migrate/dataplane/_dataplane.abi3.so",
     "migrate/guest/_guest.abi3.so",
+    "migrate/guests/qemu/libpostcopy-preload.so",  # no extension: QEMU loads it
     "migrate/guests/workload/_workload.abi3.so",
     "migrate/uffd/_uffd.abi3.so",
 }

@@ -4,8 +4,13 @@ A mutation is an exact text that occurs once in a file, and what stands there in
 test fails and wants to be brought up to date, so that no guard goes untested unnoticed.
 """
 
+import atexit
+import functools
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +29,8 @@ COMPILER = (
     "-Imigrate/guest",
     "-Imigrate/uffd",
 )
-C_FOLDERS = ("migrate/dataplane", "migrate/guest", "migrate/uffd", "proto", "tests/path", "tests/failure")
+CORE = ("migrate/dataplane", "migrate/guest", "migrate/uffd")
+C_FOLDERS = (*CORE, "proto", "tests/path", "tests/failure")
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,42 @@ class Mutation:
 NONE: tuple[Mutation, ...] = ()
 
 
-def build_c(repository: Path, directory: Path, *mutations: Mutation, main: str = "tests/failure/guards_main.c") -> Path:
-    """A main with the whole C core behind it."""
+@functools.cache
+def _unmutated(repository: Path) -> Path:
+    """A copy of the C core with an object beside each file of it, and what each was made from: compiled once for all guards."""
+    directory = Path(tempfile.mkdtemp(prefix="postcopy-guards-"))
+    atexit.register(shutil.rmtree, directory)
     for folder in C_FOLDERS:
+        (directory / folder).mkdir(parents=True)
         for source in (repository / folder).glob("*.[ch]"):
-            (directory / folder).mkdir(parents=True, exist_ok=True)
             shutil.copy(source, directory / folder)
+    _compile(directory, [path.relative_to(directory) for folder in CORE for path in (directory / folder).glob("*.c")])
+    return directory
+
+
+def _compile(directory: Path, sources: Iterable[Path]) -> None:
+    """NAME.o and NAME.d (a rule of make: NAME.o and all that it was made from) beside each NAME.c; two at a time."""
+
+    def compile_one(source: Path) -> None:
+        command = [*COMPILER, "-MMD", "-c", "-o", str(source.with_suffix(".o")), str(source)]
+        subprocess.run(command, cwd=directory, check=True, timeout=60)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources))
+
+
+def build_c(repository: Path, directory: Path, *mutations: Mutation, main: str = "tests/failure/guards_main.c") -> Path:
+    """A main with the whole C core behind it; only what the mutations touch is compiled anew."""
+    shutil.copytree(_unmutated(repository), directory, dirs_exist_ok=True)
     for mutation in mutations:
         mutation.apply(directory)
-    core = [str(path.relative_to(directory)) for folder in C_FOLDERS[:3] for path in (directory / folder).glob("*.c")]
-    command = [*COMPILER, "-o", "guards", main, *core]
-    subprocess.run(command, cwd=directory, check=True, timeout=60)
+    changed = {mutation.file for mutation in mutations}
+    made_from = {
+        path.relative_to(directory): path.read_text().split() for folder in CORE for path in (directory / folder).glob("*.d")
+    }
+    _compile(directory, [path.with_suffix(".c") for path, files in made_from.items() if changed.intersection(files)])
+    objects = [str(path.with_suffix(".o")) for path in made_from]
+    subprocess.run([*COMPILER, "-o", "guards", main, *objects], cwd=directory, check=True, timeout=60)
     return directory / "guards"
 
 
@@ -63,7 +94,7 @@ def python_tree(directory: Path, *mutations: Mutation) -> Path:
     for package in (migrate, proto):
         assert package.__file__ is not None
         installed = Path(package.__file__).parent
-        shutil.copytree(installed, directory / installed.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(installed, directory / installed.name)  # with what is compiled: its files keep their times
     for mutation in mutations:
         mutation.apply(directory)
     return directory

@@ -206,6 +206,35 @@ def test_page_nobody_asked_for(pair: Pair, phase: str) -> None:
         assert state == ("lost" if phase == "after it" else "waiting")
 
 
+def test_readahead_before_the_switchover(pair: Pair) -> None:
+    """It would not be final (P2): refused, and the guest waits on."""
+    with FakeGuest("waits", "waiting") as guest, FakeSource(pair.destination.address) as source:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        source.attach()
+        source.urgent.sendall(frame(kind=FrameKind.AHEAD) + b"x" * 4096)
+        refusal = refused_in_postcopy(source)
+        assert (refusal.code, refusal.got) == ("frame-invalid", str(int(FrameKind.AHEAD)))
+        assert "frame kind (" in refusal.what
+        with pair.destination.client() as client:
+            assert next(one["state"] for one in client.guests() if one["id"] == "waits") == "waiting"
+
+
+@pytest.mark.parametrize("path", ["urgent", "bulk"])
+def test_readahead_where_it_may_not_come(pair: Pair, path: str) -> None:
+    """Each page once, and never by bulk."""
+    with FakeGuest("waits", "waiting") as guest, FakeSource(pair.destination.address) as source:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        source.until_running(guest)
+        ahead = frame(kind=FrameKind.AHEAD_ZERO, length_bytes=8192)
+        if path == "urgent":
+            source.urgent.sendall(ahead + frame(kind=FrameKind.AHEAD, page_index=4) + b"x" * 4096)
+            refusal = refused_in_postcopy(source)
+            assert (refusal.code, "page 4" in refusal.what) == ("page-duplicate", True)
+        else:
+            source.bulk.sendall(ahead)
+            assert refused_in_postcopy(source).code == "frame-invalid"
+
+
 def test_page_twice_by_bulk(pair: Pair) -> None:
     with FakeGuest("waits", "waiting") as guest, FakeSource(pair.destination.address) as source:
         guest.attach(pair.destination.runtime_dir / "guests.sock")

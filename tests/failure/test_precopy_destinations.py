@@ -85,7 +85,7 @@ def test_what_a_destination_lacks_decides(client: DaemonClient, leaves: TrackedG
     assert status.state == "complete"
     assert status.precopy is not None
     assert status.precopy.stale_pages == 2
-    assert status.pages == {"urgent": 0, "bulk": 3, "zero": 1, "precopy": PAGES}
+    assert status.pages == {"urgent": 0, "readahead": 0, "bulk": 3, "zero": 1, "precopy": PAGES}
 
 
 def test_everything_is_lacking(client: DaemonClient, leaves: TrackedGuest, fake: PrecopyDestination) -> None:

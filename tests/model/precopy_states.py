@@ -2,7 +2,7 @@
 
 What stands for what, beside what page_states.py names, on which this builds (its steps go on once the guest is resumed):
   source's guest     writes until it is paused: a new version, or zeroes over what was there
-  precopy thread     migrate/dataplane/precopy.c, driven by migrate/source.py: arm, then rounds of send and collect, then the mark
+  precopy thread     migrate/dataplane/precopy.c, driven by migrate/rounds.py: arm, then rounds of send and collect, then the mark
   stream thread      settle.c, stream.c: after the pause the final scan, the stale set, LACKS taken, then what is lacking
   bulk thread        receive.c with inbox.c's phases; precopied.c: hold, judge, LACKS, map ahead
   fault thread       fault.c: it runs before the guest does, as a waiting guest's threads may touch its memory (a machine that

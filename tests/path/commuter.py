@@ -33,9 +33,9 @@ class Commuter:
     def guest_id(self) -> str:
         return self.runs.name
 
-    def move(self, *, bulk: bool = True, precopy: str | int = "auto") -> MigrationStatus:
+    def move(self, *, bulk: bool = True, **precopy: str | float) -> MigrationStatus:
         """To the other daemon; complete and verified there when this returns. Raises AssertionError."""
-        status = self.pair.move(self.guest_id, self.is_at, self.goes_to, bulk=bulk, precopy=precopy)
+        status = self.pair.move(self.guest_id, self.is_at, self.goes_to, bulk=bulk, **precopy)
         assert status.state == "complete", status.error
         self.arrived()
         return status

@@ -1,5 +1,5 @@
 /* The data plane without Python: the same objects under a plain C main, so that sanitizers see every loop.
- *   dataplane-main SCENARIO...   moves | faults-only | late-copies | hugetlb | bad-frames
+ *   dataplane-main SCENARIO...   moves | faults-only | late-copies | hugetlb | bad-frames | readahead | patience
  * One process holds both halves and the guest's threads (that is safe in C; in Python it would deadlock on the GIL).
  * Exit 0: all that was asked for held. 77: the machine lacks it (hugetlb). */
 #include <pthread.h>
@@ -16,6 +16,7 @@
 #include "kernel.h"
 #include "mapping.h"
 #include "pages.h"
+#include "patience.h"
 #include "uffd.h"
 
 #define CHECK(condition)                                                                    \
@@ -133,6 +134,7 @@ static void loops_begin(struct move *move)
     pthread_create(&move->receive, NULL, run_receive, move);
     pthread_create(&move->serve, NULL, run_serve, move);
     pthread_create(&move->stream, NULL, run_stream, move);
+    destination_open(move->destination);
     source_open(move->source);
     if (move->with_bulk)
         source_open_bulk(move->source);
@@ -229,7 +231,7 @@ static void moves(struct move *move)
     check_all(move);
     struct destination_figures figures;
     destination_read(move->destination, &figures);
-    CHECK(figures.pages_urgent + figures.pages_bulk + figures.pages_zero == move->page_count);
+    CHECK(figures.pages_urgent + figures.pages_readahead + figures.pages_bulk + figures.pages_zero == move->page_count);
     CHECK(figures.pages_final == move->page_count && figures.faults_untimed == 0);
     struct source_figures sent;
     source_read(move->source, &sent);
@@ -353,6 +355,138 @@ static void bad_frames(struct move *move)
     move_end(move);
 }
 
+/* Wait until so many pages are final. */
+static void wait_pages_final(const struct move *move, uint64_t page_count)
+{
+    struct destination_figures figures;
+    do
+        destination_read(move->destination, &figures);
+    while (figures.pages_final < page_count);
+    CHECK(figures.pages_final == page_count);
+}
+
+static void touch(const struct move *move, uint64_t page)
+{
+    CHECK(*(volatile uint64_t *)(move->guest + page * move->page_bytes) == stamp(page));
+}
+
+/* Bulk has begun, and is stuck in its first run: nobody reads it. So what comes beside the answers is readahead. */
+static void begin_with_bulk_stuck(struct move *move)
+{
+    move_begin(move);
+    destination_open(move->destination);
+    pthread_create(&move->fault, NULL, run_fault, move);
+    pthread_create(&move->serve, NULL, run_serve, move);
+    pthread_create(&move->stream, NULL, run_stream, move);
+    source_open(move->source);
+    source_open_bulk(move->source);
+    struct source_figures figures;
+    do
+        source_read(move->source, &figures);
+    while (figures.pages_sent < 256);
+}
+
+/* One fault a window, and a window that doubles: 0, 4, 8, ... 64 pages. Two readers at once have a window each; what is touched
+ * at random has none, and pushes nobody's out. */
+static void reads_ahead(struct move *move)
+{
+    begin_with_bulk_stuck(move);
+    uint64_t reader[2] = {512, 2048}, window[2] = {0, 0}, stalls = 0, final = 0, ahead = 0;
+    for (uint64_t turn = 0; turn < 20; turn++) {
+        uint64_t *at = &reader[turn % 2], *pages = &window[turn % 2];
+        final += 1 + *pages;
+        ahead += *pages;
+        touch(move, *at);
+        stalls++;
+        wait_pages_final(move, final);
+        for (uint64_t i = 1; i <= *pages; i++)
+            touch(move, *at + i);
+        *at += 1 + *pages;
+        *pages = *pages == 0 ? 4 : *pages < 64 ? 2 * *pages : 64;
+        for (uint64_t i = 0; i < 3; i++, stalls++, final++) /* 20 pages apart or more, and backwards */
+            touch(move, 4000 - (turn * 3 + i) * 20);
+    }
+    wait_pages_final(move, final);
+    struct destination_figures figures;
+    destination_read(move->destination, &figures);
+    CHECK(figures.faults_remote == stalls && figures.requests_sent == stalls && figures.faults_zero + figures.faults_local <= ahead);
+    CHECK(figures.pages_urgent + figures.pages_readahead + figures.pages_zero == final && figures.pages_dropped == 0);
+    struct source_figures sent;
+    source_read(move->source, &sent);
+    CHECK(sent.requests == stalls && sent.pages_readahead + sent.pages_zero_readahead == ahead);
+    CHECK(sent.bytes_readahead == figures.bytes_readahead && sent.bytes_urgent == figures.bytes_urgent);
+    destination_stop(move->destination);
+    source_stop(move->source);
+    pthread_join(move->fault, NULL);
+    pthread_join(move->serve, NULL);
+    pthread_join(move->stream, NULL);
+    CHECK(move->fault_result.reason == LOOP_STOPPED && move->stream_result.reason == LOOP_STOPPED);
+    move_end(move);
+}
+
+static void expect_request(const struct move *move, uint64_t page)
+{
+    struct frame_header request;
+    CHECK(recv(move->urgent[1], &request, sizeof(request), MSG_WAITALL) == sizeof(request));
+    CHECK(request.kind == FRAME_REQUEST && request.page_index == page);
+}
+
+static void send_zeroes(int socket_fd, uint64_t page, uint64_t page_count)
+{
+    struct frame_header zeroes = {.magic = FRAME_MAGIC, .kind = FRAME_ZERO, .page_index = page, .length_bytes = (uint32_t)page_count * 4096};
+    send_exactly(socket_fd, &zeroes, sizeof(zeroes));
+}
+
+static void *touch_in_order(void *of)
+{
+    struct move *move = of;
+    for (uint64_t page = 100; page < 300; page += 100)
+        CHECK(*(volatile uint64_t *)(move->guest + page * move->page_bytes) == 0);
+    return NULL;
+}
+
+/* A fault that follows another, right ahead of bulk, is not asked for at once; but it is when bulk does not bring it. */
+static void patience(struct move *move)
+{
+    struct patience waits;
+    uint64_t page;
+    CHECK(patience_init(&waits) == 0);
+    CHECK(!patience_put(&waits, 500, 500, 1000));  /* follows none */
+    CHECK(!patience_put(&waits, 600, 601, 1000));  /* bulk is beyond it */
+    CHECK(!patience_put(&waits, 900, 700, 1000));  /* or far behind */
+    CHECK(!patience_put(&waits, 5000, 5000, 1000)); /* follows none closely */
+    CHECK(patience_put(&waits, 700, 690, 1000) && patience_put(&waits, 701, 690, 2000));
+    CHECK(!patience_take(&waits, 200999, &page));
+    CHECK(patience_take(&waits, 201000, &page) && page == 700);
+    CHECK(!patience_take(&waits, 201000, &page));
+    CHECK(patience_take(&waits, 202000, &page) && page == 701);
+    CHECK(!patience_take(&waits, UINT64_MAX, &page));
+    for (uint64_t i = 0; i < PATIENCE_WAITS; i++)
+        CHECK(patience_put(&waits, 702 + i, 690, 3000));
+    CHECK(!patience_put(&waits, 800, 690, 3000)); /* all places are taken */
+    patience_deinit(&waits);
+
+    move_begin(move);
+    pthread_t toucher;
+    pthread_create(&move->fault, NULL, run_fault, move);
+    pthread_create(&move->receive, NULL, run_receive, move);
+    pthread_create(&toucher, NULL, touch_in_order, move);
+    expect_request(move, 100);
+    send_zeroes(move->bulk[1], 150, 50); /* bulk is at page 200 */
+    wait_pages_final(move, 50);
+    send_zeroes(move->urgent[1], 100, 1);
+    expect_request(move, 200); /* though it waited for bulk first */
+    struct destination_figures figures;
+    destination_read(move->destination, &figures);
+    CHECK(figures.faults_awaited == 1 && figures.requests_sent == 2);
+    send_zeroes(move->urgent[1], 200, 1);
+    pthread_join(toucher, NULL);
+    destination_stop(move->destination);
+    pthread_join(move->fault, NULL);
+    pthread_join(move->receive, NULL);
+    move_end(move);
+}
+
 int main(int argc, char **argv)
 {
     alarm(110);
@@ -369,8 +503,12 @@ int main(int argc, char **argv)
             moves(&move);
         } else if (strcmp(argv[i], "bad-frames") == 0) {
             bad_frames(&move);
+        } else if (strcmp(argv[i], "readahead") == 0) {
+            reads_ahead(&move);
+        } else if (strcmp(argv[i], "patience") == 0) {
+            patience(&move);
         } else {
-            fprintf(stderr, "usage: dataplane-main moves|faults-only|late-copies|hugetlb|bad-frames ...\n");
+            fprintf(stderr, "usage: dataplane-main moves|faults-only|late-copies|hugetlb|bad-frames|readahead|patience ...\n");
             return 2;
         }
         printf("%s: held\n", argv[i]);

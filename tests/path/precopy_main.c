@@ -168,7 +168,8 @@ static void figures_add_up(const struct move *move)
 {
     struct destination_figures figures;
     destination_read(move->destination, &figures);
-    CHECK(figures.pages_urgent + figures.pages_bulk + figures.pages_zero + figures.pages_kept == move->page_count);
+    uint64_t came = figures.pages_urgent + figures.pages_readahead + figures.pages_bulk;
+    CHECK(came + figures.pages_zero + figures.pages_kept == move->page_count);
     CHECK(figures.pages_final == move->page_count && figures.pages_held == move->page_count && figures.settled_ns > 0);
     CHECK(figures.pages_stale <= move->page_count);
 }

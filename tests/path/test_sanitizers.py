@@ -67,7 +67,7 @@ def run_main(program: Path, *arguments: str) -> list[str]:
 @pytest.mark.timeout(180)  # may compile first
 @pytest.mark.requires("uffd")
 def test_data_plane(programs: Path) -> None:
-    scenarios = ["moves", "faults-only", "late-copies", "bad-frames"]
+    scenarios = ["moves", "faults-only", "late-copies", "bad-frames", "readahead", "patience"]
     assert run_main(programs / "dataplane-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 

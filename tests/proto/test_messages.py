@@ -19,7 +19,14 @@ TOKEN, STATE = b"0123456789abcdef", b"registers"
 
 # One good instance of every message, as it is on the wire.
 CONTROL: dict[str, dict[str, Any]] = {
-    "offer": {"guest_id": "db-1", "regions": [REGION], "clock_id": "here", "software": "postcopy 0.1", "precopy": True},
+    "offer": {
+        "guest_id": "db-1",
+        "regions": [REGION],
+        "clock_id": "here",
+        "software": "postcopy 0.1",
+        "precopy": True,
+        "machine": "M 1",
+    },
     "accept": {"token": TOKEN, "waiting_guest_id": "w", "clock_id": "there", "software": "postcopy 0.1", "precopy": True},
     "refused": {"code": "busy", "what": "guest", "expected": "idle", "got": "migrating"},
     "clock_ping": {"sent_ns": 0},
@@ -53,7 +60,7 @@ PAGE_RANGE = pages(2)
 GUEST: dict[str, dict[str, Any]] = {
     "hello": {
         "major": 1, "minor": 0, "guest_id": "g", "role": "waiting", "regions": [GUEST_REGION], "memory_files": 1,
-        "offers": [], "declares": [], "remove_means": "zero",
+        "offers": [], "declares": [], "remove_means": "zero", "machine": "M 1", "wake_ms": 30,
     },
     "welcome": {"major": 1, "minor": 0, "software": "postcopy 0.1"},
     "refused": CONTROL["refused"],
@@ -120,6 +127,9 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("guest", "hello", "offers", [[], ["a"] * 32], [["a"] * 33, [""], "a"]),
     ("guest", "hello", "declares", [[], ["a"] * 32], [["a"] * 33]),
     ("guest", "hello", "remove_means", [None, "zero", "keep"], ["", "poison", 0]),
+    ("guest", "hello", "wake_ms", [0, 1000], [-1, 1001, None, True]),
+    ("guest", "hello", "machine", [None, "", "x" * 2000], ["x" * 2001, 1]),
+    ("control", "offer", "machine", [None, "", "x" * 2000], ["x" * 2001, 1]),
     ("guest", "discard", "ranges", [[PAGE_RANGE] * 256], [[], [PAGE_RANGE] * 257, PAGE_RANGE]),
     ("guest", "discard", "ranges", [[pages(4096)], [pages(2048)] * 2], [[pages(0)], [pages(4097)], [pages(2048)] * 3]),
     ("guest", "welcome", "minor", [0, 65535], [-1, 65536]),
@@ -179,7 +189,16 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
     for field in (CONTROL if side == "control" else GUEST)[name]:
         body = on_wire(side, name)
         del body[field]
-        if field in ("offers", "declares", "precopy", "populated_bytes", "stale_window_ns", "remove_means"):  # optional
+        if field in (
+            "offers",
+            "declares",
+            "precopy",
+            "populated_bytes",
+            "stale_window_ns",
+            "remove_means",
+            "machine",
+            "wake_ms",
+        ):  # optional
             decoder(side).feed(wire(body))
             continue
         missing = refusal(side, wire(body))

@@ -20,7 +20,7 @@ from migrate.errors import PostcopyError
 from migrate.guest.agent import Agent, GuestRole
 from migrate.guest.attaching import attach_when_there
 from migrate.guests.qemu.command_line import CommandLine
-from migrate.guests.qemu.machine import FIRST_STEP_MS, QemuMachine, VmEndedError, VmUndecidedError
+from migrate.guests.qemu.machine import WAKE_MS, QemuMachine, VmEndedError, VmUndecidedError
 from migrate.guests.qemu.process import Qemu
 from proto.messages import Message, Stepped
 
@@ -74,7 +74,7 @@ def _live(options: QemuOptions, command_line: CommandLine, out: TextIO, *, waiti
             role,
             declares=declares,
             machine_kind=qemu.kind,
-            first_step_ms=FIRST_STEP_MS,
+            wake_ms=WAKE_MS,
         )
         try:
             return _serve(agent, machine, options.socket_path, out)
