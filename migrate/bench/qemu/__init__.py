@@ -26,8 +26,8 @@ NAME = "qemu"
 GUEST = LinuxGuest(memory_mib=640, machine_mib=1024, pattern="zipf", write_percent=10, report_ms=100)
 TINY_GUEST = replace(GUEST, memory_mib=16, machine_mib=128)
 ROUNDS = 9
-BROKEN_MAX = 3
-"""Moves that QEMU may fail by itself before the benchmark gives up."""
+BROKEN_MAX = 12
+"""Moves of QEMU's own that may not count before the benchmark gives up; mostly a round of precopy that was over too soon."""
 
 
 @dataclass(frozen=True, slots=True)
