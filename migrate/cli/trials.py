@@ -33,7 +33,9 @@ def demo(
 
 
 def bench(
-    scenarios: Annotated[list[str] | None, typer.Argument(help="Which; all but resolvers and kvm when none is named.")] = None,
+    scenarios: Annotated[
+        list[str] | None, typer.Argument(help="Which; all but resolvers, kvm and qemu when none is named.")
+    ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Print each figure beside its bound; exit 8 where one is missed.")
@@ -46,6 +48,8 @@ def bench(
 
     resolvers: the kernel's ways to resolve a page fault beside each other; it has no bounds to check.
     kvm: downtime and faults of a KVM guest, beside the same guest in bare C.
+
+    qemu: a virtual machine moved by QEMU's own postcopy and by us, as its guest sees it (make guest-image).
     """
     from migrate.bench import run
 

@@ -58,6 +58,7 @@ class Told:
     """The machine comes from elsewhere, perhaps amid a line: what it says up to the first line's end is dropped."""
     touches: dict[int, int] = field(default_factory=dict)
     """Latency of every touch so far: lower bound of its bucket in ns, count."""
+    touches_at_ns: int = 0
     _text: bytes = b""
 
     def feed(self, data: bytes, at_ns: int) -> None:
@@ -75,6 +76,7 @@ class Told:
         word, *rest = text.split()
         if word == "touch":
             self.touches = {int(low_ns): int(count) for low_ns, _, count in (entry.partition(":") for entry in rest)}
+            self.touches_at_ns = at_ns
         elif word in WORDS:
             self.lines.append(Line(at_ns, word, {name: value for name, _, value in (entry.partition("=") for entry in rest)}))
         else:

@@ -14,6 +14,9 @@ DEBUGCON_PORT = 0xE9
 CLOCK = "clocksource=tsc tsc=reliable"
 """Touches are timed in user mode, without a device that QEMU would have to be asked for: init.c says why."""
 
+TIMER = "no_timer_check"
+"""The kernel waits some milliseconds for the timer's interrupt, and panics where a busy host kept QEMU from giving it."""
+
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
@@ -59,7 +62,7 @@ class LinuxGuest:
     def kernel_command_line(self, *, disk: bool = False) -> str:
         names = [field.name for field in fields(self) if field.name not in ("machine_mib", "vcpus")]
         parameters = [f"postcopy.{name}={getattr(self, name)}" for name in names] + ["postcopy.disk=/dev/vda"] * disk
-        return " ".join([f"console=ttyS0 quiet panic=-1 {CLOCK}", *parameters])
+        return " ".join([f"console=ttyS0 quiet panic=-1 {TIMER} {CLOCK}", *parameters])
 
     def arguments(self, image: GuestImage, debugcon: Path, *, serial: Path | None = None, disk: Path | None = None) -> list[str]:
         """All but ``-machine``, ``-object`` for its memory, and QMP, which are the mover's.
