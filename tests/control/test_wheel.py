@@ -1,6 +1,7 @@
 """The wheel holds all that the product needs and nothing else, and runs in an environment of its own."""
 
 import os
+import platform
 import subprocess
 import sys
 import venv
@@ -18,6 +19,7 @@ EXTENSIONS = {
     "migrate/dataplane/_dataplane.abi3.so",
     "migrate/guest/_guest.abi3.so",
     "migrate/guests/qemu/libpostcopy-preload.so",  # no extension: QEMU loads it
+    *(["migrate/guests/kvm/_kvm.abi3.so"] if platform.machine() == "x86_64" else []),
     "migrate/guests/workload/_workload.abi3.so",
     "migrate/uffd/_uffd.abi3.so",
 }

@@ -8,9 +8,9 @@
  * was rolled back as a whole, and so was a state that does not belong to this memory. Likewise its constants live in xmm
  * registers: a destination that forgets to load the FPU finds blocks where there are none.
  *
- * There is no stack and no interrupt: any exception is a triple fault, which stops the machine. Everything is in user mode, as
- * KVM on shadow page tables runs that natively on every host, where it may emulate supervisor mode instruction by instruction (the
- * PVM of this project's first test machine does: half a microsecond each). Port I/O is open to it by IOPL and by the task state segment.
+ * There is no stack and no interrupt: any exception is a triple fault, which stops the machine. Everything is in user mode, which every
+ * KVM runs natively; supervisor mode may be emulated instruction by instruction where the processor does not help (PVM: half a
+ * microsecond each). Port I/O is open to it by IOPL and by the task state segment.
  *
  * Position-independent; boot.c copies it into the guest.
  *
