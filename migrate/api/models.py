@@ -93,7 +93,7 @@ class MigrateRequest(BaseModel):
         float | None,
         Field(gt=0, le=DEADLINE_SECONDS_MAX, strict=False, description="Of precopy: after so long no further round begins."),
     ] = None
-    streams: Annotated[Streams, Field(description="Bulk connections, at most: the destination may take fewer.")] = 1
+    streams: Annotated[Streams, Field(description="Bulk connections, at most: the destination may take fewer."), WHOLE] = 1
 
     bulk_limit_bytes_per_second: BulkLimit = None
 

@@ -53,7 +53,7 @@ def test_every_scenario_runs(tmp_path: Path) -> None:
 def test_shaped_wants_root(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Asked for, it is refused; among all it is left out, and that is said."""
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(bench, "SCENARIOS", {"shaped": bench.SCENARIOS["shaped"]})
+    monkeypatch.setattr(bench, "USUAL", {"shaped": bench.SCENARIOS["shaped"]})
     with pytest.raises(HostLacksError, match="this is uid 1000; run as root"):
         bench.run(["shaped"], None, check=True, tiny=True)
     assert bench.run([], None, check=True, tiny=True)
