@@ -68,7 +68,7 @@ def test_nobody_listens(commuter: Commuter) -> None:
         (Answer(AnswerCode.EPOCH_STALE).encode(), "epoch-stale", "epoch-stale"),
         (b"HTTP/1.1 400 Bad Request\r\n", "magic-wrong", "HTTP/1.1"),
         (MAGIC + struct.pack("<HHHH", 1, 0, 99, 0), "preamble-invalid", "99"),
-        (MAGIC, "preamble-invalid", "8"),
+        (MAGIC, "connection-lost", "8"),
     ],
     ids=["version-2", "busy", "stale", "another-protocol", "unknown-code", "short"],
 )
