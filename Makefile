@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ARGS ?=
+# Files of tests side by side: most wait more than they work.
+WORKERS ?= 2
 
 # What is installed, and what the build makes of it. Folders too: a file that went away must go from .venv as well.
 SOURCES := meson.build meson.options README.md LICENSE \
@@ -63,7 +65,7 @@ lint: build
 test: lint
 	@$(MAKE) --no-print-directory guest-image || echo 'make test: goes on without the Linux test guest'
 	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
-	  echo "POSTCOPY_REQUIRE=$$POSTCOPY_REQUIRE" && $(PY) -P -m pytest $(ARGS)
+	  echo "POSTCOPY_REQUIRE=$$POSTCOPY_REQUIRE" && $(PY) -P -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 torture: build guest-image
 	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \

@@ -98,6 +98,7 @@ def test_stored_descriptor_is_the_one(manager: ServiceManager) -> None:
         ("0", None, None),
         ("soon", None, None),
     ],
+    ids=["whoever reads", "ours", "another's", "none", "zero", "no number"],
 )
 def test_watchdog_period(
     manager: ServiceManager, monkeypatch: pytest.MonkeyPatch, usec: str, pid: str | None, seconds: float | None
