@@ -347,6 +347,7 @@ class DestinationMigration(Arrival):
         self._control.send(Ready())
         self._control.keep_alive()
         self.error = None
+        self.reconnects += 1
         self.advance(Event.RUNNING)
         self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
 

@@ -34,6 +34,7 @@ class GuestTotals:
         self.ended: defaultdict[str, int] = defaultdict(int)
         self.errors: defaultdict[str, int] = defaultdict(int)
         self.pages_lost = 0
+        self.reconnects = 0
         self.polled_seconds = 0.0
         self.pace_waited_seconds = 0.0
         self.downtime_seconds: float | None = None
@@ -54,6 +55,7 @@ class GuestTotals:
             self.pages[path] += pages
         for path in ("urgent", "bulk", "precopy"):
             self.bytes_moved[path] += figures.get(f"bytes_{path}", 0)
+        self.reconnects += migration.reconnects
         self.polled_seconds += figures.get("polled_ns", 0) / 1e9
         self.pace_waited_seconds += figures.get("pace_waited_ns", 0) / 1e9
         if migration.downtime_ns is not None:
@@ -72,6 +74,7 @@ class GuestTotals:
             copied.latency[kind] = Histogram()
             copied.latency[kind].add(histogram)
         copied.pages_lost = self.pages_lost
+        copied.reconnects = self.reconnects
         copied.polled_seconds = self.polled_seconds
         copied.pace_waited_seconds = self.pace_waited_seconds
         copied.downtime_seconds = self.downtime_seconds
@@ -173,6 +176,9 @@ class DaemonCollector(Collector):
             "Pages that a stalled migration left without content here. The source still has them; nobody fetches them yet.",
             labels=labels,
         )
+        reconnects = CounterMetricFamily(
+            "postcopy_reconnects", "Times that all connections of a migration were made anew after a loss.", labels=labels
+        )
         polled = CounterMetricFamily(
             "postcopy_polled_seconds", "CPU time in which loops looked for work instead of sleeping (--poll).", labels=labels
         )
@@ -203,8 +209,9 @@ class DaemonCollector(Collector):
                 lost.add_metric([role, guest], figures.pages_lost)
             else:
                 waited.add_metric([guest], figures.pace_waited_seconds)
+            reconnects.add_metric([role, guest], figures.reconnects)
             polled.add_metric([role, guest], figures.polled_seconds)
             if figures.downtime_seconds is not None:
                 downtime.add_metric([role, guest], figures.downtime_seconds)
                 uncertainty.add_metric([role, guest], figures.downtime_uncertainty_seconds)
-        yield from (faults, pages, moved, ended, errors, lost, polled, waited, downtime, uncertainty)
+        yield from (faults, pages, moved, ended, errors, lost, reconnects, polled, waited, downtime, uncertainty)

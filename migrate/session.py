@@ -134,6 +134,7 @@ class Migration:
         self.peer = peer
         self.state = State.NEW
         self.epoch = 0
+        self.reconnects = 0  # epochs that another one has followed
         self.error: ErrorFacts | None = None
         self.switched_because = ""
         self.bulk_limit_bytes_per_second: int | None = None

@@ -348,6 +348,7 @@ class SourceMigration(Departure):
         await self._attach()
         self._begin_stream()
         self.error = None
+        self.reconnects += 1
         self.advance(Event.RUNNING)
         self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
 

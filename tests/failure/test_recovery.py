@@ -4,10 +4,11 @@ import random
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
 from migrate.errors import PostcopyError
-from migrate.pair import Pair
+from migrate.pair import DaemonProcess, Pair
 from proto.preamble import ConnectionKind
 
 from ..path.commuter import Commuter, until
@@ -31,9 +32,16 @@ def guest(pair: Pair) -> Iterator[Commuter]:
     guest.end()
 
 
+def reconnects(daemon: DaemonProcess) -> float:
+    """Of all guests that have left it."""
+    text = httpx.get(f"http://{daemon.metrics_address}/metrics", trust_env=False).text
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith("postcopy_reconnects_total{"))
+
+
 @pytest.mark.parametrize("precopy", ["off", 1])
 def test_cut_thrice(guest: Commuter, precopy: str | int) -> None:
     """In the middle of a frame of bulk each time: the move goes on with what the destination lacks."""
+    before = reconnects(guest.is_at)
     with CutMove(guest, precopy=precopy) as move:
         begun = move.link.passed_bytes(ConnectionKind.BULK, from_source=True)
         move.reaches("postcopy", "complete")
@@ -44,6 +52,7 @@ def test_cut_thrice(guest: Commuter, precopy: str | int) -> None:
         status = move.ends()
     assert (status.state, status.error) == ("complete", None)
     assert status.epoch >= (1 if precopy == "off" else 0)
+    assert (status.epoch > 0) == (reconnects(guest.goes_to) > before)
     assert sum(status.pages.values()) >= status.pages_total
 
 
