@@ -20,6 +20,7 @@ struct paced {
 struct paced_link {
     bool known;
     uint64_t smooth_rate; /* at which the socket has been told to spread what it has; 0: not at all */
+    bool nearby;   /* the peer is on this host: there is no device in whose queue bulk could stand in front of urgent */
     bool by_turns; /* its thread sleeps between pieces, and is scheduled for that */
     uint64_t sampled_ns, acked_bytes, starved_us, unacked_bytes;
 };

@@ -18,7 +18,7 @@
 
 #define START_BYTES 62500000u    /* a second: 500 Mbit/s. On 100 Mbit/s the first two windows are 10 ms of queue, once */
 #define CEILING_BYTES 500000000u /* a second: 4 Gbit/s */
-#define FLOOR_BYTES 125000u      /* a second: 1 Mbit/s, whatever the samples say */
+#define FLOOR_BYTES 625000u      /* a second: 5 Mbit/s, whatever the samples say */
 
 #define STANDING_NS (200 * US) /* above the path's own round trip: more than scheduling noise below full rate */
 #define SAMPLES_MIN 3

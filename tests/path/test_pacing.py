@@ -94,10 +94,10 @@ def test_bottleneck_is_found_and_followed() -> None:
                 assert not now.settled
                 return least <= (now.bulk_pace_bytes_per_second or 0) <= most
 
-            until(lambda: goes_at(0.5 * fast, fast), "just below the link's rate", 5)
+            until(lambda: goes_at(0.5 * fast, fast), "just below the link's rate", 15)
             link.reshape(slow)
-            until(lambda: goes_at(0.5 * slow, slow), "the link has become slower", 5)
+            until(lambda: goes_at(0.5 * slow, slow), "the link has become slower", 15)
             link.reshape(fast)
-            until(lambda: goes_at(0.5 * fast, fast), "the link has become faster", 5)
+            until(lambda: goes_at(0.5 * fast, fast), "the link has become faster", 15)
             client.cancel(begun.id)
             assert client.status(begun.id, settled_within_seconds=10).state == "cancelled"
