@@ -45,6 +45,9 @@ fi
 # The headers of libc and of the kernel's interface come by their own packages, which gcc only recommends.
 printf '#include <pthread.h>\n#include <linux/userfaultfd.h>\nint main(void) { return 0; }\n' |
     "$compiler" -x c -o /dev/null - 2>/dev/null || lacks "a C compiler with its headers ($compiler)" gcc libc6-dev
+printf '#include <openssl/ssl.h>\n#if OPENSSL_VERSION_MAJOR < 3\n#error\n#endif\n' | "$compiler" -x c -E -o /dev/null - 2>/dev/null ||
+    lacks "the headers of OpenSSL 3.0 or later" libssl-dev
+command -v pkg-config >/dev/null || lacks "pkg-config" pkg-config
 command -v ip >/dev/null || lacks "ip" iproute2
 for tool in unshare setpriv setarch; do
     command -v "$tool" >/dev/null || { lacks "$tool" util-linux; break; }

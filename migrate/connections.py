@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import socket
 from typing import Any
 
 from migrate.errors import ConnectionLostError, DeadlineError
+from migrate.greeting import DataSocket
 from migrate.network import has_ended
 from proto.preamble import ConnectionKind
 
@@ -19,18 +19,18 @@ class DataConnections:
     def __init__(self, streams: int = 1) -> None:
         self.streams = streams
         self.wanted = (URGENT, *((ConnectionKind.BULK, stream) for stream in range(streams)))
-        self._sockets: dict[tuple[ConnectionKind, int], socket.socket | None] = {}
+        self._sockets: dict[tuple[ConnectionKind, int], DataSocket | None] = {}
         self._whole = asyncio.Event()
 
     @property
-    def urgent(self) -> socket.socket:
+    def urgent(self) -> DataSocket:
         return self._of(*URGENT)
 
     @property
-    def bulk(self) -> list[socket.socket]:
+    def bulk(self) -> list[DataSocket]:
         return [self._of(ConnectionKind.BULK, stream) for stream in range(self.streams)]
 
-    def _of(self, kind: ConnectionKind, stream: int) -> socket.socket:
+    def _of(self, kind: ConnectionKind, stream: int) -> DataSocket:
         sock = self._sockets[kind, stream]
         assert sock is not None
         return sock
@@ -43,7 +43,7 @@ class DataConnections:
         self._sockets[name] = None
         return True
 
-    def add(self, kind: ConnectionKind, stream: int, sock: socket.socket) -> None:
+    def add(self, kind: ConnectionKind, stream: int, sock: DataSocket) -> None:
         self._sockets[kind, stream] = sock
         if not self.missing():
             self._whole.set()

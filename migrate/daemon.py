@@ -19,7 +19,6 @@ from pathlib import Path
 import structlog
 
 from migrate.config import make_private, share_with_group, socket_group_id
-from migrate.control import ControlConnection
 from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
 from migrate.dataplane import prefer_latency
 from migrate.descriptor_store import DescriptorStore
@@ -33,10 +32,11 @@ from migrate.errors import (
     PostcopyError,
 )
 from migrate.events import EventLog
+from migrate.greeting import Incoming, incoming
 from migrate.guest_link import GuestLink, GuestState
 from migrate.http import HttpServers
 from migrate.metrics import Totals
-from migrate.network import Address, accept, answer, listen, receive_preamble, require_loopback, tune
+from migrate.network import Address, accept, answer, listen, require_explicit, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.region import fit_text, shape_of
@@ -44,6 +44,7 @@ from migrate.room import Room
 from migrate.session import Migration
 from migrate.source import SourceMigration
 from migrate.switchover import Quiet
+from migrate.tls import Tls
 from proto.errors import ProtocolError
 from proto.messages import STREAMS_MAX, Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
@@ -72,6 +73,7 @@ class Daemon:
         pacing: bool = True,
         socket_group: str | None = None,
         streams_max: int = STREAMS_MAX,
+        tls: Tls | None = None,
     ) -> None:
         self.role = role
         self.runtime_dir = runtime_dir
@@ -83,7 +85,7 @@ class Daemon:
         self.room = Room()
         self.events = EventLog(self.quiet)
         self.addresses: dict[str, str] = {}
-        self.insecure = insecure
+        self.insecure, self.tls = insecure, tls
         self.started_ns, self.started_wall_ns = time.monotonic_ns(), time.time_ns()
         self.stopping = asyncio.Event()
         self._changed = asyncio.Event()  # a migration has settled, or a signal has come
@@ -163,7 +165,7 @@ class Daemon:
             raise GuestBusyError(f"guest {guest_id}", expected="running here as a whole", got=str(guest.state))
         if self.stopping.is_set():
             raise GuestBusyError("this daemon", expected="to run on", got="it is ending", code="daemon-ending")
-        require_loopback(address, "destination", insecure=self.insecure)
+        self._require_safe(address, "destination")
         migration = SourceMigration(
             guest,
             address,
@@ -176,6 +178,7 @@ class Daemon:
             poll_ns=self._poll_ns,
             pacing=self._pacing,
             bulk_limit_bytes_per_second=bulk_limit_bytes_per_second,
+            tls=self.tls,
         )
         self._start(migration)
         return migration
@@ -186,8 +189,12 @@ class Daemon:
             got = f"the destination; {migration.peer} is the source"
             raise NotRecoverableError(f"migration {migration.id}", expected="to be asked at its source", got=got)
         if address is not None:
-            require_loopback(address, "destination", insecure=self.insecure)
+            self._require_safe(address, "destination")
         migration.recover(address)
+
+    def _require_safe(self, address: Address, what: str) -> None:
+        """Raises ListenRefusedError."""
+        require_loopback(address, what, insecure=self.insecure or self.tls is not None)
 
     def migration(self, migration_id: str) -> SourceMigration | DestinationMigration:
         """By id or an unambiguous beginning of it. Raises NotFoundError."""
@@ -240,7 +247,8 @@ class Daemon:
         while True:
             sock, place = await accept(listener)
             if self._half_open >= HALF_OPEN_MAX:
-                await answer(sock, AnswerCode.BUSY)
+                if self.tls is None:
+                    await answer(sock, AnswerCode.BUSY)
                 sock.close()
                 continue
             self._half_open += 1
@@ -249,38 +257,43 @@ class Daemon:
     async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
         try:
             tune(sock, self._congestion_control)
-            preamble = await receive_preamble(sock, PREAMBLE_DEADLINE_SECONDS)
-            if preamble.kind is ConnectionKind.CONTROL:
-                await self._greet_control(sock, preamble, peer)
-            else:
-                await self._greet_data(sock, preamble)
+            came = await incoming(sock, self.tls, PREAMBLE_DEADLINE_SECONDS)
+            try:
+                preamble = await came.preamble(PREAMBLE_DEADLINE_SECONDS)
+                if preamble.kind is ConnectionKind.CONTROL:
+                    await self._greet_control(came, preamble, peer)
+                else:
+                    await self._greet_data(came, preamble)
+            except BaseException:
+                came.close()
+                raise
         except (ProtocolError, PostcopyError, OSError) as error:
             log.warning("connection refused", peer=peer, reason=str(error))
             sock.close()
         finally:
             self._half_open -= 1
 
-    async def _greet_control(self, sock: socket.socket, preamble: Preamble, peer: str) -> None:
+    async def _greet_control(self, came: Incoming, preamble: Preamble, peer: str) -> None:
         migration_id = preamble.migration_id.hex()
         known = self.migrations.get(migration_id)
         if isinstance(known, DestinationMigration) and preamble.epoch > known.epoch:
-            await self._greet_again(sock, preamble, known)
+            await self._greet_again(came, preamble, known)
             return
         if known is not None:
-            await answer(sock, AnswerCode.EPOCH_STALE)
+            await came.answer(AnswerCode.EPOCH_STALE)
             raise ProtocolError(
                 "epoch-stale", "control connection", expected="a new migration, epoch 0", got=f"epoch {preamble.epoch}"
             )
         if preamble.epoch != 0:
-            await answer(sock, AnswerCode.MIGRATION_UNKNOWN)
+            await came.answer(AnswerCode.MIGRATION_UNKNOWN)
             raise ProtocolError(
                 "migration-unknown", "control connection", expected="a migration of this daemon", got=migration_id
             )
         if self.stopping.is_set():
-            await answer(sock, AnswerCode.BUSY)
+            await came.answer(AnswerCode.BUSY)
             raise ProtocolError("busy", "control connection", expected="none while this daemon is ending", got=migration_id)
-        await answer(sock, AnswerCode.WELCOME)
-        _, control = await asyncio.get_running_loop().connect_accepted_socket(ControlConnection, sock)
+        await came.answer(AnswerCode.WELCOME)
+        control = await came.control()
         self._start(
             DestinationMigration(
                 preamble.migration_id,
@@ -295,20 +308,20 @@ class Daemon:
             )
         )
 
-    async def _greet_again(self, sock: socket.socket, preamble: Preamble, migration: DestinationMigration) -> None:
+    async def _greet_again(self, came: Incoming, preamble: Preamble, migration: DestinationMigration) -> None:
         """The source of a migration that has lost a connection: whoever has its token is that source."""
         if not hmac.compare_digest(preamble.token, migration.token):
-            await answer(sock, AnswerCode.TOKEN_WRONG)
+            await came.answer(AnswerCode.TOKEN_WRONG)
             raise ProtocolError("token-wrong", "control connection", expected="the migration's token", got="another")
-        await answer(sock, AnswerCode.WELCOME)
-        _, control = await asyncio.get_running_loop().connect_accepted_socket(ControlConnection, sock)
+        await came.answer(AnswerCode.WELCOME)
+        control = await came.control()
         try:
             await migration.reconnect(control, preamble.epoch)
         except (PostcopyError, ProtocolError, TimeoutError) as error:
             log.warning("not recovered", migration=migration.id, epoch=preamble.epoch, reason=str(error))
             control.refuse(error)
 
-    async def _greet_data(self, sock: socket.socket, preamble: Preamble) -> None:
+    async def _greet_data(self, came: Incoming, preamble: Preamble) -> None:
         migration = self.migrations.get(preamble.migration_id.hex())
         if not isinstance(migration, DestinationMigration) or migration.ended:
             code, got = AnswerCode.MIGRATION_UNKNOWN, preamble.migration_id.hex()
@@ -319,10 +332,10 @@ class Daemon:
         elif not migration.reserve(preamble.kind, preamble.stream_index):
             code, got = AnswerCode.KIND_UNEXPECTED, f"{preamble.kind.name.lower()} {preamble.stream_index}"
         else:
-            await answer(sock, AnswerCode.WELCOME)
-            migration.attach(preamble.kind, preamble.stream_index, sock)
+            await came.answer(AnswerCode.WELCOME)
+            migration.attach(preamble.kind, preamble.stream_index, came.data())
             return
-        await answer(sock, code)
+        await came.answer(code)
         name = code.name.lower().replace("_", "-")
         raise ProtocolError(name, "data connection", expected="urgent or bulk of a migration that waits for it", got=got)
 
@@ -343,14 +356,14 @@ class Daemon:
         guests = unix_listener(self.runtime_dir / GUEST_SOCKET, group_id)
         self._keep(loop.create_task(self._accept_guests(guests)))
         if self._listen_at is not None:
-            require_loopback(self._listen_at, "migration", insecure=self.insecure)
+            self._require_safe(self._listen_at, "migration")
             listener = listen(self._listen_at)
             info["migration_address"] = self.addresses["migration"] = str(Address(*listener.getsockname()[:2]))
             self._keep(loop.create_task(self._accept_peers(listener)))
         http = HttpServers(self)
         await http.start_api(unix_listener(self.runtime_dir / API_SOCKET, group_id))
         if self._metrics_at is not None:
-            require_loopback(self._metrics_at, "metrics", insecure=self.insecure)
+            require_explicit(self._metrics_at, "metrics", insecure=self.insecure)
             metrics = listen(self._metrics_at)
             info["metrics_address"] = self.addresses["metrics"] = str(Address(*metrics.getsockname()[:2]))
             await http.start_metrics(metrics)

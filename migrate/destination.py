@@ -7,7 +7,6 @@ waits for pages that are not here, for nothing else, and nothing is unregistered
 import asyncio
 import contextlib
 import os
-import socket
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +19,7 @@ from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, DestinationPlane, LoopResult
 from migrate.errors import CancelledByPeerError, ConnectionLostError, GuestGoneError, PostcopyError
+from migrate.greeting import DataSocket
 from migrate.guest_link import GuestLink, GuestState
 from migrate.recovery import is_lost
 from migrate.room import Room
@@ -180,7 +180,7 @@ class DestinationMigration(Arrival):
         """Whether that data connection is awaited; ``attach`` is next, and any other of that number is not awaited any more."""
         return self.state in (State.ATTACHING, State.PAUSED) and self._connections.reserve(kind, stream)
 
-    def attach(self, kind: ConnectionKind, stream: int, sock: socket.socket) -> None:
+    def attach(self, kind: ConnectionKind, stream: int, sock: DataSocket) -> None:
         """A data connection that has proven itself and is reserved."""
         if self.state not in (State.ATTACHING, State.PAUSED) or self._plane is None:  # lost while its welcome was on the way
             sock.close()

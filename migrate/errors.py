@@ -120,6 +120,41 @@ class ListenRefusedError(PostcopyError):
     code = "listen-refused"
 
 
+class TlsError(PostcopyError):
+    """The other end has not proven who it is, or does not believe who we are."""
+
+    code = "tls-failed"
+
+    @classmethod
+    def of(cls, reason: str) -> "TlsError":
+        """OpenSSL's words, whichever of the two libraries said them, and what is to be done about it."""
+        folded = reason.lower().replace("_", " ")
+        hint = next((hint for words, hint in TLS_HINTS if words in folded), "")
+        return cls("TLS handshake", expected="a peer with a certificate of our authority", got=f"{reason}{hint and '; '}{hint}")
+
+
+class PeerNameError(PostcopyError):
+    """Its certificate is good, but it is none of those that are let in."""
+
+    code = "name-not-allowed"
+
+
+TLS_HINTS = (
+    ("wrong version number", "the peer speaks no TLS: start it with --tls-dir too"),
+    ("unsupported protocol", "the peer offers no TLS 1.3"),
+    ("alert protocol version", "the peer wants another TLS than 1.3"),
+    ("no shared", "the peer offers no TLS 1.3 that is spoken here"),
+    ("peer did not return a certificate", "the peer has none: start it with --tls-dir too"),
+    ("alert certificate required", "the peer wants a certificate of ours"),
+    ("alert unknown ca", "the peer does not trust who signed our certificate: its ca.pem needs that authority"),
+    ("alert certificate expired", "ours has expired: renew it and restart this daemon"),
+    ("alert", "the peer refuses our certificate; its log says why"),
+    ("has expired", "the peer's: renew it there; or this host's clock is wrong"),
+    ("not yet valid", "the peer's; one of the hosts' clocks is wrong"),
+    ("certificate verify failed", "our ca.pem does not vouch for the peer's certificate"),
+)
+
+
 def errno_text(error_number: int) -> str:
     """``EPERM (Operation not permitted)``: the name that kernel documentation uses and what it means."""
     return f"{errno.errorcode.get(error_number, error_number)} ({os.strerror(error_number)})"

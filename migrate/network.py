@@ -7,11 +7,11 @@ import select
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import structlog
 
 from migrate.errors import ConnectionLostError, DeadlineError, ListenRefusedError, PostcopyError
-from proto.errors import ProtocolError
 from proto.preamble import ANSWER_BYTES, MAGIC, PREAMBLE_BYTES, Answer, AnswerCode, Preamble
 
 USER_TIMEOUT_MS = 10_000
@@ -19,6 +19,10 @@ KEEPALIVE_SECONDS = 5
 ACCEPT_RETRY_SECONDS = 0.2
 
 log = structlog.get_logger("postcopy.network")
+
+
+class HasDescriptor(Protocol):
+    def fileno(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +55,31 @@ class Address:
         except ValueError:
             return False
 
+    @property
+    def is_any(self) -> bool:
+        """Every address of this host, or a name that may stand for any."""
+        try:
+            return ipaddress.ip_address(self.host).is_unspecified
+        except ValueError:
+            return True
+
 
 def require_loopback(address: Address, what: str, *, insecure: bool) -> None:
-    """Raises ListenRefusedError: nothing here is encrypted or authenticated yet."""
+    """Raises ListenRefusedError: nothing here is encrypted or authenticated."""
     if not insecure and not address.is_loopback:
         raise ListenRefusedError(
             f"{what} address",
-            expected="a loopback address (or --insecure: nothing is encrypted or authenticated yet)",
+            expected="a loopback address (or TLS: --tls-dir; or --insecure: nothing is encrypted or authenticated)",
+            got=address,
+        )
+
+
+def require_explicit(address: Address, what: str, *, insecure: bool) -> None:
+    """Raises ListenRefusedError: what only tells may be told beyond loopback, where somebody has said at which address."""
+    if not insecure and not address.is_loopback and address.is_any:
+        raise ListenRefusedError(
+            f"{what} address",
+            expected="one address of this host (or --insecure: whoever reaches any of them may read)",
             got=address,
         )
 
@@ -127,7 +149,7 @@ async def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int
             await asyncio.sleep(ACCEPT_RETRY_SECONDS)
 
 
-def has_ended(sock: socket.socket) -> bool:
+def has_ended(sock: HasDescriptor) -> bool:
     """Whether the peer has ended it or it is broken; also when there are bytes before the end that nobody has read."""
     poll = select.poll()
     poll.register(sock, select.POLLRDHUP)
@@ -166,19 +188,9 @@ async def greet(sock: socket.socket, preamble: Preamble, deadline_seconds: float
         raise
 
 
-async def receive_preamble(sock: socket.socket, deadline_seconds: float) -> Preamble:
-    """Answers and raises ProtocolError for what cannot be; raises DeadlineError for silence. The caller closes."""
-    try:
-        async with asyncio.timeout(deadline_seconds):
-            data = await _receive_exactly(sock, PREAMBLE_BYTES)
-    except TimeoutError:
-        raise DeadlineError("preamble", expected=f"within {deadline_seconds} s", got="less") from None
-    try:
-        return Preamble.decode(data)
-    except ProtocolError as error:
-        code = AnswerCode.VERSION_UNSUPPORTED if error.code == "version-unsupported" else AnswerCode.PREAMBLE_INVALID
-        await answer(sock, code)
-        raise
+async def receive_preamble_bytes(sock: socket.socket, size_bytes: int = PREAMBLE_BYTES) -> bytes:
+    """Fewer when the peer ends it before, or what has come is no preamble anyway."""
+    return await _receive_exactly(sock, size_bytes)
 
 
 async def answer(sock: socket.socket, code: AnswerCode) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,6 +10,7 @@ from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import LoopResult, SourcePlane
 from migrate.errors import ConnectionLostError
+from migrate.greeting import DataSocket
 from migrate.guest_link import GuestLink
 from migrate.precopy import PrecopyPolicy, RoundFigures, reason_to_switch
 from migrate.region import populated_bytes
@@ -82,7 +82,7 @@ class Rounds:
         """Nothing comes by bulk now but its end, which nobody else would see on a connection that has nothing to send."""
         loop = asyncio.get_running_loop()
 
-        def ended(sock: socket.socket) -> None:
+        def ended(sock: DataSocket) -> None:
             loop.remove_reader(sock)
             lost = ConnectionLostError("bulk connection", expected="to stay", got="its end before quiesced")
             loop.call_later(PEER_REASON_SECONDS, control.fail, lost)

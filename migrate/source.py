@@ -27,14 +27,16 @@ from migrate.errors import (
     PeerRefusedError,
     PostcopyError,
 )
+from migrate.greeting import DataSocket, dial_control, dial_data
 from migrate.guest_link import GuestLink, GuestState
-from migrate.network import Address, connect, greet
+from migrate.network import Address, connect
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
 from migrate.region import populated_bytes
 from migrate.rounds import PEER_REASON_SECONDS, lost
 from migrate.session import Migration, error_facts
 from migrate.switchover import Quiet, rehearse
+from migrate.tls import Tls
 from proto.errors import ProtocolError
 from proto.messages import (
     Accept,
@@ -86,13 +88,14 @@ class SourceMigration(Departure):
         poll_ns: int = 0,
         pacing: bool = True,
         bulk_limit_bytes_per_second: int | None = None,
+        tls: Tls | None = None,
     ) -> None:
         super().__init__(os.urandom(16), guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk, self.bulk_limit_bytes_per_second = bulk, bulk_limit_bytes_per_second
         self.precopy = precopy
         self._congestion_control, self._poll_ns = congestion_control, poll_ns
-        self._pacing = pacing
+        self._pacing, self._tls = pacing, tls
         self._address = address
         self._quiet = quiet
         self._control: ControlConnection | None = None
@@ -133,8 +136,7 @@ class SourceMigration(Departure):
             self._plane.unpaced()
         self._plane.limit(self.bulk_limit_bytes_per_second)
         self.pages_total = self._plane.figures()["pages_total"]
-        sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
-        _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
+        self._control = await self._dial_control(NO_TOKEN)
         assert self.guest.hello is not None
         if self.bulk and self.precopy.rounds != 0:
             await self._rounds.track(self._plane)
@@ -183,7 +185,7 @@ class SourceMigration(Departure):
         assert self._plane is not None
         plane = self._plane
         for kind, stream in self._connections.wanted:
-            self._connections.add(kind, stream, await self._dial(kind, self._token, stream))
+            self._connections.add(kind, stream, await self._dial_data(kind, stream))
         urgent = self._connections.urgent
         self.start_loop("serve", lambda: plane.serve_loop(urgent.fileno()))
         await self._control.receive(Ready, deadline_seconds=ANSWER_DEADLINE_SECONDS)
@@ -332,8 +334,7 @@ class SourceMigration(Departure):
     async def _dial_again(self) -> None:
         assert self._plane is not None
         self.epoch += 1
-        sock = await self._dial(ConnectionKind.CONTROL, self._token)
-        _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
+        self._control = await self._dial_control(self._token)
         self._control.send(Recover(epoch=self.epoch))
         answer = await self._control.receive(Recovered, Complete, deadline_seconds=ANSWER_DEADLINE_SECONDS)
         if isinstance(answer, Complete):
@@ -369,11 +370,17 @@ class SourceMigration(Departure):
         if self._control is not None:
             self._control.close()
 
-    async def _dial(self, kind: ConnectionKind, token: bytes, stream: int = 0) -> socket.socket:
+    async def _dial_control(self, token: bytes) -> ControlConnection:
+        preamble = Preamble(ConnectionKind.CONTROL, self.migration_id, self.epoch, 0, token)
+        return await dial_control(await self._dial(), preamble, self._tls, ANSWER_DEADLINE_SECONDS)
+
+    async def _dial_data(self, kind: ConnectionKind, stream: int) -> DataSocket:
+        preamble = Preamble(kind, self.migration_id, self.epoch, stream, self._token)
+        return await dial_data(await self._dial(), preamble, self._tls, ANSWER_DEADLINE_SECONDS)
+
+    async def _dial(self) -> socket.socket:
         seconds = ANSWER_DEADLINE_SECONDS if self.epoch == 0 else DIAL_DEADLINE_SECONDS
-        sock = await connect(self._address, deadline_seconds=seconds, congestion_control=self._congestion_control)
-        await greet(sock, Preamble(kind, self.migration_id, self.epoch, stream, token), ANSWER_DEADLINE_SECONDS)
-        return sock
+        return await connect(self._address, deadline_seconds=seconds, congestion_control=self._congestion_control)
 
     # --- what can go wrong ------------------------------------------------------------------------------------------
 

@@ -17,6 +17,8 @@ _ANSWER = struct.Struct("<8sHHH2x")
 PREAMBLE_BYTES = _PREAMBLE.size
 ANSWER_BYTES = _ANSWER.size
 NO_TOKEN = bytes(16)
+TLS_CONTROL, TLS_DATA = b"C", b"D"
+"""Said in the clear before a TLS handshake: which kind of connection the preamble, inside, will name."""
 
 
 class ConnectionKind(IntEnum):
@@ -36,6 +38,14 @@ class AnswerCode(IntEnum):
     KIND_UNEXPECTED = 5
     PREAMBLE_INVALID = 6
     BUSY = 7
+    TLS_REQUIRED = 8
+    NAME_NOT_ALLOWED = 9
+
+
+_REMEDIES = {
+    AnswerCode.TLS_REQUIRED: "it speaks TLS only; start this daemon with --tls-dir too",
+    AnswerCode.NAME_NOT_ALLOWED: "it lets other names in; add --tls-allow with a DNS name of our certificate there",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +103,16 @@ class Answer:
             raise ProtocolError("preamble-invalid", "answer size in bytes", expected=ANSWER_BYTES, got=len(data))
         _, major, minor, code = _ANSWER.unpack(data)
         if code not in AnswerCode._value2member_map_:
-            raise ProtocolError("preamble-invalid", "answer code", expected="0..7", got=code)
+            raise ProtocolError("preamble-invalid", "answer code", expected="0..9", got=code)
         return cls(AnswerCode(code), major, minor)
 
     def check(self) -> None:
         """Raises ProtocolError with the answer's name as its code unless the peer said WELCOME."""
         if self.code is not AnswerCode.WELCOME:
             name = self.code.name.lower().replace("_", "-")
+            if self.code in (AnswerCode.TLS_REQUIRED, AnswerCode.NAME_NOT_ALLOWED):
+                raise ProtocolError(
+                    name, "peer's answer to the preamble", expected="welcome", got=f"{name}: {_REMEDIES[self.code]}"
+                )
             got = f"{name}: peer speaks {self.major}.{self.minor}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}"
             raise ProtocolError(name, "peer's answer to the preamble", expected="welcome", got=got)

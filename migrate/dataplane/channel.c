@@ -5,8 +5,14 @@
 #include <sys/socket.h>
 
 #include "result.h"
+#include "tls.h"
 
 #define EXPECTED_BYTES_MAX (1 << 20) /* well below what the receive buffer may grow to */
+
+struct channel channel_of(int socket)
+{
+    return (struct channel){.socket = socket, .tls = socket >= 0 ? tls_on(socket) : NULL};
+}
 
 static ssize_t moved_or_failed(ssize_t moved_bytes, const char *where, struct loop_result *result)
 {
@@ -20,6 +26,8 @@ static ssize_t moved_or_failed(ssize_t moved_bytes, const char *where, struct lo
 
 bool channel_expect(struct channel *channel, size_t expected_bytes, struct loop_result *result)
 {
+    if (channel->tls) /* its records are more than that together, but of one a part may have been received already */
+        expected_bytes = expected_bytes > TLS_HELD_BYTES ? expected_bytes - TLS_HELD_BYTES : 1;
     if (expected_bytes == channel->expected_bytes)
         return true;
     int least_bytes = expected_bytes > EXPECTED_BYTES_MAX ? EXPECTED_BYTES_MAX : (int)expected_bytes;
@@ -31,6 +39,8 @@ bool channel_expect(struct channel *channel, size_t expected_bytes, struct loop_
 
 ssize_t channel_receive(struct channel *channel, void *buffer, size_t capacity_bytes, struct loop_result *result)
 {
+    if (channel->tls)
+        return tls_receive(channel->tls, buffer, capacity_bytes, result);
     ssize_t received_bytes = recv(channel->socket, buffer, capacity_bytes, MSG_DONTWAIT);
     if (received_bytes == 0) {
         result_fail(result, LOOP_PEER_CLOSED, 0, "recv");
@@ -41,7 +51,19 @@ ssize_t channel_receive(struct channel *channel, void *buffer, size_t capacity_b
 
 ssize_t channel_send(struct channel *channel, const void *bytes, size_t size_bytes, struct loop_result *result)
 {
+    if (channel->tls)
+        return tls_send(channel->tls, bytes, size_bytes, result);
     return moved_or_failed(send(channel->socket, bytes, size_bytes, MSG_DONTWAIT | MSG_NOSIGNAL), "send", result);
+}
+
+bool channel_has_input(const struct channel *channel)
+{
+    return channel->tls && tls_has_input(channel->tls);
+}
+
+bool channel_wait(const struct channel *channel, int stop_fd, struct loop_result *result)
+{
+    return channel_has_input(channel) || wait_ready(channel->socket, POLLIN, stop_fd, result);
 }
 
 bool wait_ready(int fd, short events, int stop_fd, struct loop_result *result)
@@ -62,6 +84,8 @@ bool wait_ready(int fd, short events, int stop_fd, struct loop_result *result)
 
 bool channel_send_all(struct channel *channel, struct iovec *pieces, int piece_count, int stop_fd, struct loop_result *result)
 {
+    if (channel->tls)
+        return tls_send_all(channel->tls, pieces, piece_count, channel->send_flags, stop_fd, result);
     while (piece_count > 0) {
         struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)piece_count};
         ssize_t sent_bytes = moved_or_failed(sendmsg(channel->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL | channel->send_flags), "sendmsg", result);

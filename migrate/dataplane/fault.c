@@ -259,7 +259,8 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
     };
     if (!inbox_expect_chunk(&context->inbox, destination, result))
         return false;
-    if (poller_wait(&context->poller, polled, 4, &destination->polled_ns) < 0)
+    bool here = channel_has_input(&context->inbox.channel);
+    if ((here ? poll(polled, 4, 0) : poller_wait(&context->poller, polled, 4, &destination->polled_ns)) < 0)
         return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
     if (polled[2].revents)
         return result_fail(result, LOOP_STOPPED, 0, "poll");
@@ -273,7 +274,7 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         fetch_awaited(context);
     if (!send_requests(context, result))
         return false;
-    if (polled[1].revents & ~POLLOUT)
+    if (here || polled[1].revents & ~POLLOUT)
         return inbox_take(&context->inbox, destination, result);
     return true;
 }

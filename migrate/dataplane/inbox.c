@@ -25,7 +25,7 @@ int inbox_init(struct inbox *inbox, const struct destination *destination, int s
     /* a whole page, or chunk, and the start of the next */
     size_t wanted_bytes = 2 * ((size_t)destination->memory.unit_bytes_max + FRAME_HEADER_BYTES);
     size_t least_bytes = path == PATH_BULK ? INBOX_BYTES_MIN : INBOX_URGENT_BYTES_MIN;
-    *inbox = (struct inbox){.channel = {.socket = socket}, .path = path};
+    *inbox = (struct inbox){.channel = channel_of(socket), .path = path};
     inbox->capacity_bytes = wanted_bytes > least_bytes ? wanted_bytes : least_bytes;
     inbox->buffer = malloc(inbox->capacity_bytes);
     return inbox->buffer ? 0 : ENOMEM;
@@ -191,7 +191,7 @@ static bool chunk_comes(const struct inbox *inbox, const struct destination *des
 {
     const struct region *region = &destination->memory.regions[inbox->frame.region];
     return inbox->payload_bytes_left > 0 && inbox->frame.kind != FRAME_STALE && inbox->start == inbox->end && region->page_chunks > 0 &&
-           region->is_hugetlb;
+           region->is_hugetlb && !inbox->channel.tls; /* which decrypts into a buffer */
 }
 
 bool inbox_expect_chunk(struct inbox *inbox, const struct destination *destination, struct loop_result *result)
@@ -260,7 +260,7 @@ static bool take_in_place(struct inbox *inbox, struct destination *destination, 
 static size_t wanted_bytes(const struct inbox *inbox, const struct destination *destination)
 {
     size_t room_bytes = inbox->capacity_bytes - inbox->end, here_bytes = inbox->end - inbox->start;
-    if (destination->memory.large_total == 0)
+    if (destination->memory.large_total == 0 || inbox->channel.tls)
         return room_bytes;
     uint64_t end_bytes = inbox->payload_bytes_left + FRAME_HEADER_BYTES;
     bool large = inbox->payload_bytes_left > 0 && destination->memory.regions[inbox->frame.region].page_chunks > 0;

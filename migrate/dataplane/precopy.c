@@ -139,7 +139,7 @@ void precopy_send(struct source *source, int bulk_socket, uint32_t stream, struc
 void precopy_end(struct source *source, int bulk_socket, struct loop_result *result)
 {
     result_reset(result);
-    struct channel channel = {.socket = bulk_socket};
+    struct channel channel = channel_of(bulk_socket);
     struct frame_header header = {.magic = FRAME_MAGIC, .kind = FRAME_MARK};
     struct iovec piece = {&header, FRAME_HEADER_BYTES};
     if (channel_send_all(&channel, &piece, 1, source->stop_fd, result))

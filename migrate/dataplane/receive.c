@@ -14,7 +14,7 @@
 
 static bool receive_round(struct inbox *inbox, struct destination *destination, struct loop_result *result)
 {
-    return inbox_expect_run(inbox, destination, result) && wait_ready(inbox->channel.socket, POLLIN, destination->stop_fd, result) &&
+    return inbox_expect_run(inbox, destination, result) && channel_wait(&inbox->channel, destination->stop_fd, result) &&
            inbox_take(inbox, destination, result);
 }
 

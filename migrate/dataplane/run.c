@@ -12,7 +12,7 @@
 
 int run_sender_init(struct run_sender *sender, struct source *source, int socket, enum run_path path)
 {
-    *sender = (struct run_sender){.source = source, .channel = {.socket = socket}, .buffer_bytes = RUN_BYTES, .path = path};
+    *sender = (struct run_sender){.source = source, .channel = channel_of(socket), .buffer_bytes = RUN_BYTES, .path = path};
     if (path == RUN_URGENT)
         sender->buffer_bytes = URGENT_BYTES;
     sender->buffer = malloc(sender->buffer_bytes);

@@ -122,9 +122,10 @@ static bool wait_for_work(struct serve_context *context, short *events, struct l
     bool pieces = context->answers.count > 0, ahead = readahead_pending(&context->readahead);
     short wanted = (short)((answers_room(&context->answers) > 0 ? POLLIN : 0) | (pieces || ahead ? POLLOUT : 0));
     struct pollfd polled[2] = {{.fd = context->channel.socket, .events = wanted}, {.fd = source->stop_fd, .events = POLLIN}};
-    if (poller_wait(&context->poller, polled, 2, &source->polled_ns) < 0 && errno != EINTR)
+    bool here = (wanted & POLLIN) && channel_has_input(&context->channel);
+    if ((here ? poll(polled, 2, 0) : poller_wait(&context->poller, polled, 2, &source->polled_ns)) < 0 && errno != EINTR)
         return result_fail(result, LOOP_CONNECTION_FAILED, errno, "poll");
-    *events = polled[0].revents;
+    *events = (short)(polled[0].revents | (here ? POLLIN : 0));
     return !polled[1].revents || result_fail(result, LOOP_STOPPED, 0, "poll");
 }
 
@@ -166,7 +167,7 @@ static void keep_socket_short(int urgent_socket)
 void serve_loop(struct source *source, int urgent_socket, struct loop_result *result)
 {
     result_reset(result);
-    struct serve_context context = {.source = source, .channel = {.socket = urgent_socket}, .poller = {.most_ns = source->poll_ns}};
+    struct serve_context context = {.source = source, .channel = channel_of(urgent_socket), .poller = {.most_ns = source->poll_ns}};
     if (run_sender_init(&context.ahead, source, urgent_socket, RUN_AHEAD) != 0 ||
         run_sender_init(&context.pieces, source, urgent_socket, RUN_URGENT) != 0) {
         result_fail(result, LOOP_MEMORY_FAILED, ENOMEM, "malloc");

@@ -34,7 +34,7 @@ static void find_stale(struct source *source)
 static bool receive_exactly(struct source *source, struct channel *channel, void *buffer, size_t size_bytes, struct loop_result *result)
 {
     for (size_t done_bytes = 0; done_bytes < size_bytes;) {
-        if (!wait_ready(channel->socket, POLLIN, source->stop_fd, result))
+        if (!channel_wait(channel, source->stop_fd, result))
             return false;
         ssize_t received_bytes = channel_receive(channel, (char *)buffer + done_bytes, size_bytes - done_bytes, result);
         if (received_bytes < 0)
