@@ -1,11 +1,11 @@
 """The first exchange on every TCP connection, from connect or accept to WELCOME: in the clear, or inside TLS.
 
-With TLS the dialling side first says one byte in the clear, ``C`` for control or ``D`` for data, and the handshake follows at once.
-One listener takes both, and two libraries do TLS here; a session cannot go from one to the other, and which of them a connection is
-for is only said inside (preamble). The byte says it before. Considered: a second port (one more to open in every firewall); the
-server name or ALPN of the ClientHello (to be peeked at and parsed before anybody has proven anything); C for all connections (a
-control connection would need a thread that copies). The byte decides nothing but the library: both keep one policy, and the
-preamble, inside, has to name that kind. Whoever changes it on the way has a connection refused, as who cuts it has.
+With TLS the dialling side first says one byte in the clear, ``C`` for control or ``D`` for data, and the handshake follows at
+once. One listener takes both, and two libraries do TLS here; a session cannot go from one to the other, and which of them a
+connection is for is only said inside (preamble). The byte says it before. Considered: a second port (one more to open in every
+firewall); the server name or ALPN of the ClientHello (to be peeked at and parsed before anybody has proven anything); C for all
+connections (a control connection would need a thread that copies). The byte decides nothing but the library: both keep one
+policy, and the preamble, inside, has to name that kind. Whoever changes it on the way has a connection refused, as who cuts it has.
 
 Handshakes of data connections wait on a thread of their own, those of control connections run in the event loop.
 """
@@ -39,6 +39,7 @@ from proto.preamble import (
 
 _T = TypeVar("_T")
 SHUTDOWN_SECONDS = 1.0
+"""How long a peer may take to say that it has seen our end of a session."""
 
 
 class DataSocket(Protocol):
@@ -130,7 +131,11 @@ class TlsControlIncoming(Incoming):
         loop = asyncio.get_running_loop()
         await _handshake(
             loop.connect_accepted_socket(
-                lambda: self._greeting, self._socket, ssl=self._tls.accepting, ssl_handshake_timeout=deadline_seconds
+                lambda: self._greeting,
+                self._socket,
+                ssl=self._tls.accepting,
+                ssl_handshake_timeout=deadline_seconds,
+                ssl_shutdown_timeout=SHUTDOWN_SECONDS,
             )
         )
         return await self._greeting.received()
@@ -221,7 +226,12 @@ async def dial_control(sock: socket.socket, preamble: Preamble, tls: Tls | None,
             await loop.sock_sendall(sock, TLS_CONTROL)
             await _handshake(
                 loop.create_connection(
-                    lambda: greeting, sock=sock, ssl=tls.dialling, server_hostname="", ssl_handshake_timeout=deadline_seconds
+                    lambda: greeting,
+                    sock=sock,
+                    ssl=tls.dialling,
+                    server_hostname="",
+                    ssl_handshake_timeout=deadline_seconds,
+                    ssl_shutdown_timeout=SHUTDOWN_SECONDS,
                 )
             )
             tls.check(greeting.peer_names())  # before the preamble is said, which has the token in it
@@ -229,11 +239,11 @@ async def dial_control(sock: socket.socket, preamble: Preamble, tls: Tls | None,
             _check_answer(await greeting.received())
             return greeting.become_control()
     except TimeoutError:
-        greeting.close()
+        await greeting.abandon()
         sock.close()
         raise DeadlineError("answer to the preamble", expected=f"within {deadline_seconds} s", got="nothing") from None
     except BaseException:
-        greeting.close()
+        await greeting.abandon()
         sock.close()
         raise
 
@@ -289,6 +299,7 @@ class _Greeting(asyncio.Protocol):
         self._data = b""
         self._transport: asyncio.Transport | None = None
         self._whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
@@ -301,6 +312,7 @@ class _Greeting(asyncio.Protocol):
             self._end()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set()
         self._end(exc)
 
     def _end(self, error: Exception | None = None) -> None:
@@ -336,8 +348,14 @@ class _Greeting(asyncio.Protocol):
         return control
 
     def close(self) -> None:
+        """What has been written still goes out."""
         if self._transport is not None:
             self._transport.close()
+
+    async def abandon(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+            await self._lost.wait()
 
 
 async def _on_own_thread(name: str, run: Callable[[], _T], secured: TlsSocket) -> _T:

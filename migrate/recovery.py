@@ -8,7 +8,7 @@ switchover nothing is made again: there the guest runs on at the source, and a n
 import itertools
 from collections.abc import Iterator
 
-from migrate.errors import ConnectionLostError, DataPlaneError, DeadlineError
+from migrate.errors import ConnectionLostError, DataPlaneError, DeadlineError, PeerNameError, TlsError
 from proto.errors import ProtocolError
 
 DIAL_DEADLINE_SECONDS = 0.5
@@ -16,8 +16,8 @@ DIAL_DEADLINE_SECONDS = 0.5
 RETRY_SECONDS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Between two attempts; the last one from then on, so that service resumes within a second of the path's return."""
 LOST_IN_DATA_PLANE = frozenset({"peer-closed", "connection-failed"})
-ANSWERS_THAT_MAY_CHANGE = frozenset({"busy", "migration-unknown", "epoch-stale"})
-"""To a preamble: a daemon that is ending, or has begun anew, or has not yet seen that the last epoch is over."""
+ANSWERS_THAT_MAY_CHANGE = frozenset({"busy", "migration-unknown", "epoch-stale", "tls-required", "name-not-allowed"})
+"""To a preamble: a daemon that is ending, or has begun anew, or has not yet seen that the last epoch is over, or is another."""
 
 
 def is_lost(error: BaseException) -> bool:
@@ -28,8 +28,12 @@ def is_lost(error: BaseException) -> bool:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Of an attempt to dial again: the next one may be better."""
-    return is_lost(error) or (isinstance(error, ProtocolError) and error.code in ANSWERS_THAT_MAY_CHANGE)
+    """Of an attempt to dial again: the next one may be better. Whoever comes between and cannot prove who he is ends nothing."""
+    return (
+        is_lost(error)
+        or isinstance(error, TlsError | PeerNameError)
+        or (isinstance(error, ProtocolError) and error.code in ANSWERS_THAT_MAY_CHANGE)
+    )
 
 
 def delays_seconds() -> Iterator[float]:

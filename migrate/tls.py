@@ -1,10 +1,10 @@
 """Who may be at the other end of a TCP connection: TLS 1.3, a certificate on both sides, and a list of names. One policy, two
-libraries that keep it: Python's ssl for control connections, the system's OpenSSL in C (dataplane/tls.h) for those that carry pages.
+libraries that keep it: Python's ssl for control connections, OpenSSL in C (dataplane/tls.h) for those that carry pages.
 
 - The files are PEM and read once: ``cert.pem`` (ours, with what is between it and the authority), ``key.pem``, ``ca.pem``.
-- A peer's certificate comes from that authority, is valid now, is meant for its side (where it says for which: client, server), and
-  one of its DNS names is allowed. No wildcards, and the address that was dialled says nothing: a guest moves between hosts that know
-  each other. What has no DNS name is nobody.
+- A peer's certificate comes from that authority, is valid now, is meant for its side (where it says for which: client, server),
+  and one of its DNS names is allowed. No wildcards, and the address that was dialled says nothing: a guest moves between hosts
+  that know each other. What has no DNS name is nobody.
 - Of both libraries only OpenSSL's reason is told, never what is in a file.
 
 Not looked at: revocation (CRL, OCSP). Certificates of days rather than years, and a name less in ``--tls-allow``, do that job.
@@ -29,7 +29,7 @@ class TlsFiles:
     def chosen(
         cls, directory: Path | None, certificate: Path | None, key: Path | None, authority: Path | None
     ) -> "TlsFiles | None":
-        """Those of the directory but for what is named by itself; None: none at all. Raises ListenRefusedError for a part of them."""
+        """Of the directory but for what is named by itself; None: none at all. Raises ListenRefusedError for a part of them."""
         if directory is not None:
             certificate, key = certificate or directory / "cert.pem", key or directory / "key.pem"
             authority = authority or directory / "ca.pem"

@@ -1,4 +1,4 @@
-"""An authority and daemons' certificates, made with the `openssl` command as deploy/README.md says: for the benchmark and the tests."""
+"""An authority and daemons' certificates, by the `openssl` command as deploy/README.md says: for the benchmark and the tests."""
 
 import shutil
 import subprocess

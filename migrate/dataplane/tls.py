@@ -33,7 +33,7 @@ class TlsContext:
 
 
 class TlsSocket:
-    """A connection with its session. A loop that is given ``fileno()`` finds the session on it; ``close`` when none has it any more."""
+    """A connection with its session. A loop that is given ``fileno()`` finds the session on it; ``close`` when none has it."""
 
     def __init__(self, sock: socket.socket, pointer: Any) -> None:
         self._socket = sock

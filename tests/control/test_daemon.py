@@ -159,20 +159,23 @@ def test_sockets_of_a_daemon_that_was_killed_are_taken_over(tmp_path: Path) -> N
     second.close()
 
 
+LOOPBACK = "{} address: expected a loopback address (or TLS: --tls-dir; or --insecure: nothing is encrypted"
+
+
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (("destination", "--listen", "0.0.0.0:0", "--metrics", "off"), "migration address"),
-        (("destination", "--listen", "[::]:0", "--metrics", "off"), "migration address"),
-        (("source", "--metrics", "0.0.0.0:0"), "metrics address"),
-        (("destination", "--listen", "127.0.0.1:0", "--metrics", "0.0.0.0:0"), "metrics address"),
+        (("destination", "--listen", "0.0.0.0:0", "--metrics", "off"), LOOPBACK.format("migration")),
+        (("destination", "--listen", "[::]:0", "--metrics", "off"), LOOPBACK.format("migration")),
+        (("source", "--metrics", "0.0.0.0:0"), "metrics address: expected one address of this host (or --insecure"),
+        (("destination", "--listen", "127.0.0.1:0", "--metrics", "[::]:0"), "metrics address: expected one address of this host"),
     ],
     ids=["listen", "listen-v6", "source-metrics", "destination-metrics"],
 )
 def test_beyond_loopback_takes_insecure(cli: Cli, tmp_path: Path, arguments: tuple[str, ...], what: str) -> None:
     run = cli(*arguments, "--runtime-dir", str(tmp_path / "runtime"))
     assert run.returncode == 1
-    assert f"postcopy: {what}: expected a loopback address (or --insecure: nothing is encrypted" in run.stderr
+    assert f"postcopy: {what}" in run.stderr
 
 
 def test_insecure_is_what_it_takes(tmp_path: Path) -> None:
@@ -190,7 +193,7 @@ def test_guest_does_not_leave_for_beyond_loopback(daemon: WatchedDaemon, cli: Cl
         assert answer.json()["type"] == "urn:postcopy:listen-refused"
         run = cli("migrate", "stays", "192.0.2.1:7641", "--daemon", str(daemon.runtime_dir))
         assert run.returncode == 1
-        assert "destination address: expected a loopback address (or --insecure" in run.stderr
+        assert LOOPBACK.format("destination") in run.stderr
         assert client.migrations() == []
 
 

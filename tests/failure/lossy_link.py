@@ -18,7 +18,7 @@ from typing import Self
 
 from migrate.pair import DaemonProcess
 from migrate.session import MigrationStatus
-from proto.preamble import ConnectionKind
+from proto.preamble import TLS_CONTROL, TLS_DATA, ConnectionKind
 
 from ..path.commuter import Commuter, until
 
@@ -72,6 +72,7 @@ class LossyLink:
         self._cut_at: CutAt | None = None
         self.bytes_per_second: float | None = None
         self.cuts = 0
+        self._dialled_secured = 0  # data connections since the last control connection
         self._spawn(self._accept)
 
     @property
@@ -191,11 +192,21 @@ class LossyLink:
         connection.source.close()
         connection.destination.close()
 
+    def _kind_of(self, data: bytes) -> ConnectionKind | None:
+        """Of its first bytes. With TLS they tell control from data, and the order of dialling says the rest."""
+        if data[:1] == TLS_CONTROL:
+            self._dialled_secured = 0
+            return ConnectionKind.CONTROL
+        if data[:1] == TLS_DATA:
+            self._dialled_secured += 1
+            return ConnectionKind.URGENT if self._dialled_secured == 1 else ConnectionKind.BULK
+        return ConnectionKind(data[KIND_AT]) if len(data) > KIND_AT else None
+
     def _passes(self, connection: Connection, data: bytes, *, from_source: bool) -> int:
         """How many of these bytes go on, after they have been held back for as long as they must."""
         with self._lock:
-            if connection.kind is None and from_source and len(data) > KIND_AT:
-                connection.kind = ConnectionKind(data[KIND_AT])
+            if connection.kind is None and from_source:
+                connection.kind = self._kind_of(data)
             self._lock.wait_for(lambda: self._flows or self._ended)
             before = connection.passed_bytes[from_source]
             connection.passed_bytes[from_source] += len(data)
