@@ -5,7 +5,7 @@ once. One listener takes both, and two libraries do TLS here; a session cannot g
 connection is for is only said inside (preamble). The byte says it before. Considered: a second port (one more to open in every
 firewall); the server name or ALPN of the ClientHello (to be peeked at and parsed before anybody has proven anything); C for all
 connections (a control connection would need a thread that copies). The byte decides nothing but the library: both keep one
-policy, and the preamble, inside, has to name that kind. Whoever changes it on the way has a connection refused, as who cuts it has.
+policy, and the preamble, inside, has to name that kind. Whoever changes it on the way gets a connection refused, no more.
 
 Handshakes of data connections wait on a thread of their own, those of control connections run in the event loop.
 """

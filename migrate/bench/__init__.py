@@ -23,6 +23,7 @@ from migrate.bench.hybrid import hybrid
 from migrate.bench.scenarios import SCENARIOS as POSTCOPY
 from migrate.bench.shaped import shaped
 from migrate.bench.streams import streams
+from migrate.bench.tls import tls
 from migrate.bench.tracking import tracking
 from migrate.errors import HostLacksError, PostcopyError
 
@@ -34,6 +35,7 @@ USUAL = {
     "streams": streams,
     "huge-urgent": huge_urgent,
     "huge-stream": huge_stream,
+    "tls": tls,
 }
 SCENARIOS = {**USUAL, kvm.NAME: kvm.kvm}
 

@@ -47,7 +47,9 @@ static bool configure(SSL_CTX *ssl, const char *certificate_path, const char *ke
     SSL_CTX_set_session_cache_mode(ssl, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_read_ahead(ssl, 1);
     SSL_CTX_set_default_read_buffer_len(ssl, INPUT_BYTES);
-    *what = "TLS 1.3";
+    *what = "TLS 1.3"; /* the suites of Python's ssl too; here the one first that every TLS 1.3 has, which is the fastest by a fifth */
+    if (!SSL_CTX_set_ciphersuites(ssl, "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"))
+        return false;
     if (!SSL_CTX_set_min_proto_version(ssl, TLS1_3_VERSION) || !SSL_CTX_set_max_proto_version(ssl, TLS1_3_VERSION) ||
         !SSL_CTX_set_num_tickets(ssl, 0))
         return false;

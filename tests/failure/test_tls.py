@@ -1,4 +1,4 @@
-"""Who is not let in, and why: one table of peers against control (Python's ssl) and data connections (OpenSSL in C), both ways."""
+"""Who is not let in, and why: one table of peers against control (Python's ssl) and data connections (OpenSSL in C)."""
 
 import contextlib
 import os
@@ -276,7 +276,7 @@ def test_whom_we_dial_goes_away(ours: Tls, kind: ConnectionKind) -> None:
 def test_move_to_who_lets_us_not_in(pair: Pair, certificates: Certificates, guest: Commuter) -> None:
     """P5: the guest runs on, and the error says what to do. It need not be loopback, with TLS."""
     pair._arguments = ("--tls-dir", str(certificates.host), "--tls-allow", "other.test")
-    strict = pair.daemon("destination")
+    strict = pair.daemon("destination-strict")
     with guest.is_at.client() as client:
         status = wait_settled(client, client.migrate(guest.guest_id, strict.address).id)
     assert (status.state, status.error and status.error.code) == ("failed", "name-not-allowed")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from migrate import host
+from migrate.bench.certificates import Authority
 
 BUILD_DEADLINE_SECONDS = 120.0
 RUN_DEADLINE_SECONDS = 50.0
@@ -24,6 +25,7 @@ MAINS = (
     "discard-main",
     "chunks-main",
     "pacer-main",
+    "tls-main",
     "workload-main",
     "kvm-main",
     "kvm-state-main",
@@ -71,6 +73,13 @@ def run_main(program: Path, *arguments: str) -> list[str]:
     prefix, why = host.sanitizer_prefix(program.with_name("dataplane-main"))  # which without arguments only starts
     assert why == ""
     return run([*prefix, str(program), *arguments], RUN_DEADLINE_SECONDS).splitlines()
+
+
+@pytest.mark.timeout(180)  # may compile first
+def test_tls(programs: Path, tmp_path: Path) -> None:
+    files = Authority(tmp_path / "authority").issue(tmp_path / "host", "host.test")
+    scenarios = ["bytes", "requests", "full", "in-order", "cut", "changed"]
+    assert run_main(programs / "tls-main", str(files), *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 
 @pytest.mark.timeout(180)  # may compile first
