@@ -48,6 +48,7 @@ printf '#include <pthread.h>\n#include <linux/userfaultfd.h>\nint main(void) { r
 printf '#include <openssl/ssl.h>\n#if OPENSSL_VERSION_MAJOR < 3\n#error\n#endif\n' | "$compiler" -x c -E -o /dev/null - 2>/dev/null ||
     lacks "the headers of OpenSSL 3.0 or later" libssl-dev
 command -v pkg-config >/dev/null || lacks "pkg-config" pkg-config
+command -v openssl >/dev/null || lacks "openssl (the tests make their certificates with it)" openssl
 command -v ip >/dev/null || lacks "ip" iproute2
 for tool in unshare setpriv setarch; do
     command -v "$tool" >/dev/null || { lacks "$tool" util-linux; break; }

@@ -43,8 +43,8 @@ class AnswerCode(IntEnum):
 
 
 _REMEDIES = {
-    AnswerCode.TLS_REQUIRED: "it speaks TLS only; start this daemon with --tls-dir too",
-    AnswerCode.NAME_NOT_ALLOWED: "it lets other names in; add --tls-allow with a DNS name of our certificate there",
+    AnswerCode.TLS_REQUIRED: "; it speaks TLS only: start this daemon with --tls-dir too",
+    AnswerCode.NAME_NOT_ALLOWED: "; it lets other names in: add --tls-allow with a DNS name of our certificate there",
 }
 
 
@@ -110,9 +110,6 @@ class Answer:
         """Raises ProtocolError with the answer's name as its code unless the peer said WELCOME."""
         if self.code is not AnswerCode.WELCOME:
             name = self.code.name.lower().replace("_", "-")
-            if self.code in (AnswerCode.TLS_REQUIRED, AnswerCode.NAME_NOT_ALLOWED):
-                raise ProtocolError(
-                    name, "peer's answer to the preamble", expected="welcome", got=f"{name}: {_REMEDIES[self.code]}"
-                )
             got = f"{name}: peer speaks {self.major}.{self.minor}, this side {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}"
+            got += _REMEDIES.get(self.code, "")
             raise ProtocolError(name, "peer's answer to the preamble", expected="welcome", got=got)

@@ -228,7 +228,7 @@ def test_whom_we_dial_is_refused(
     ("alert", "words"),
     [
         ("other_authority", "its ca.pem needs that authority"),
-        ("host", "it lets other names in; add --tls-allow"),
+        ("host", "it lets other names in: add --tls-allow"),
     ],
 )
 def test_whom_we_dial_does_not_want_us(
@@ -275,16 +275,15 @@ def test_whom_we_dial_goes_away(ours: Tls, kind: ConnectionKind) -> None:
 
 def test_move_to_who_lets_us_not_in(pair: Pair, certificates: Certificates, guest: Commuter) -> None:
     """P5: the guest runs on, and the error says what to do. It need not be loopback, with TLS."""
-    pair._arguments = ("--tls-dir", str(certificates.host), "--tls-allow", "other.test")
+    pair._arguments = ("--tls-dir", str(certificates.host), "--tls-allow", "other.test", "--listen", "0.0.0.0:0")
     strict = pair.daemon("destination-strict")
+    assert strict.address.startswith("0.0.0.0:")
     with guest.is_at.client() as client:
         status = wait_settled(client, client.migrate(guest.guest_id, strict.address).id)
     assert (status.state, status.error and status.error.code) == ("failed", "name-not-allowed")
     assert status.error is not None
     assert "add --tls-allow with a DNS name of our certificate there" in status.error.got
     strict.end()
-    with guest.is_at.client() as client, pytest.raises(PostcopyError, match="loopback"):
-        client.migrate(guest.guest_id, "192.0.2.1:1")
 
 
 @pytest.mark.parametrize("kind", [ConnectionKind.CONTROL, ConnectionKind.URGENT, ConnectionKind.BULK])

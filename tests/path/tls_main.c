@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "channel.h"
@@ -71,7 +72,6 @@ static void *shake(void *argument)
     return NULL;
 }
 
-/* Into: what the other end of the pair is, when somebody stands between the sockets (-1: nobody). */
 static void link_open(struct link *link, const char *files, const int sockets[2])
 {
     char certificate[512], key[512], authority[512], why[TLS_WHY_BYTES];
@@ -103,7 +103,7 @@ static void link_close(struct link *link)
     tls_context_destroy(link->context);
 }
 
-/* In pieces of every length, with the keys changed many times on the way, each end also answering by small sends that never wait. */
+/* In pieces of every length, with the keys changed many times on the way. */
 static void *send_much(void *argument)
 {
     struct end *end = argument;
@@ -225,8 +225,10 @@ static void ends(const char *files, const char *how)
     struct link link;
     int sockets[2] = {near[0], far[1]};
     char wire[1 << 16];
-    /* the handshake passes; a child would do it as well */
-    if (fork() == 0) {
+    fflush(stdout);
+    pid_t between = fork();
+    CHECK(between >= 0);
+    if (between == 0) { /* what stands between; the handshake passes */
         struct pollfd polled[2] = {{.fd = near[1], .events = POLLIN}, {.fd = far[0], .events = POLLIN}};
         close(near[0]);
         close(far[1]);
@@ -272,6 +274,7 @@ static void ends(const char *files, const char *how)
     CHECK(strcmp(how, "changed") != 0 || result.error_number == EBADMSG);
     CHECK(channel_receive(&receiver, wire, sizeof(wire), &result) == -1); /* and so it stays */
     link_close(&link);
+    CHECK(waitpid(between, NULL, 0) == between);
 }
 
 int main(int argument_count, char **arguments)
