@@ -1,5 +1,6 @@
 """Who is not let in, and why: one table of peers against control (Python's ssl) and data connections (OpenSSL in C)."""
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -187,8 +188,15 @@ def dialled(ours: Tls, address: str, kind: ConnectionKind, deadline_seconds: flo
         sock = socket.create_connection((host, int(port)), timeout=SECONDS)
         sock.setblocking(False)
         run = dial_control if kind is ConnectionKind.CONTROL else dial_data
-        end = await run(sock, preamble(kind), ours, deadline_seconds)
-        end.close()
+        try:
+            end = await run(sock, preamble(kind), ours, deadline_seconds)
+            end.close()
+        finally:
+            for _ in range(10_000):  # it is closed when the event loop has let go of it
+                if sock.fileno() < 0:
+                    break
+                await asyncio.sleep(0)
+            assert sock.fileno() < 0
 
     with pytest.raises((PostcopyError, ProtocolError)) as raised:
         uvloop.run(dial())
@@ -253,7 +261,13 @@ def test_whom_we_dial_does_not_want_us(
 
 @KINDS
 def test_whom_we_dial_speaks_no_tls(ours: Tls, kind: ConnectionKind) -> None:
-    with listening(lambda sock: sock.sendall(Answer(AnswerCode.PREAMBLE_INVALID).encode()) or None) as address:
+    def serve(sock: socket.socket) -> None:
+        sock.recv(PREAMBLE_BYTES)  # a byte at least
+        sock.sendall(Answer(AnswerCode.PREAMBLE_INVALID).encode())
+        sock.shutdown(socket.SHUT_WR)
+        what_comes(sock)
+
+    with listening(serve) as address:
         error = dialled(ours, address, kind)
     assert "the peer speaks no TLS: start it with --tls-dir too" in str(error), error
 
