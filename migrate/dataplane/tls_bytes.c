@@ -27,6 +27,7 @@ static int bio_read(BIO *bio, char *into, int size_bytes)
     struct tls_session *session = BIO_get_data(bio);
     ssize_t received_bytes = recv(session->socket, into, (size_t)size_bytes, MSG_DONTWAIT);
     BIO_clear_retry_flags(bio);
+    session->drained = received_bytes < size_bytes;
     if (received_bytes > 0)
         return (int)received_bytes;
     if (received_bytes < 0 && (errno == EAGAIN || errno == EINTR)) {
@@ -131,7 +132,7 @@ ssize_t tls_receive(struct tls_session *session, void *buffer, size_t capacity_b
         int status = session->broken ? 0 : SSL_read_ex(session->ssl, (char *)buffer + done_bytes, capacity_bytes - done_bytes, &read_bytes);
         if (status == 1) {
             done_bytes += read_bytes;
-            if (!SSL_has_pending(session->ssl))
+            if (session->drained && !SSL_has_pending(session->ssl)) /* no call in vain behind an urgent page, but a run as a whole */
                 break;
             continue;
         }

@@ -14,6 +14,7 @@ struct tls_session {
     bool ended;       /* the peer sends nothing more */
     bool broken;      /* what has come is no TLS of this session */
     bool more;        /* input that no poll(2) shows */
+    bool drained;     /* the last recv(2) took all that the socket had */
     char *out;        /* records on their way to the socket */
     size_t out_start, out_end;
     size_t promised_bytes; /* tls_send has encrypted them, and their records are still in out */
