@@ -14,10 +14,12 @@ import signal
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
+from migrate import returning
 from migrate.config import make_private, share_with_group, socket_group_id
 from migrate.control import ControlConnection
 from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
@@ -39,6 +41,7 @@ from migrate.metrics import Totals
 from migrate.network import Address, accept, answer, listen, receive_preamble, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
+from migrate.record import Record, RecordBook
 from migrate.region import fit_text, shape_of
 from migrate.room import Room
 from migrate.session import Migration
@@ -78,6 +81,7 @@ class Daemon:
         self.guests: dict[str, GuestLink] = {}
         self.migrations: OrderedDict[str, SourceMigration | DestinationMigration] = OrderedDict()
         self.store = DescriptorStore()
+        self.records = RecordBook(runtime_dir)
         self.totals = Totals()
         self.quiet = Quiet()
         self.room = Room()
@@ -98,7 +102,7 @@ class Daemon:
 
     # --- guests -----------------------------------------------------------------------------------------------------
 
-    def _guest_hello(self, link: GuestLink) -> None:
+    def _guest_hello(self, link: GuestLink) -> Callable[[], None] | None:
         if link.guest_id in self.guests:
             raise GuestRefusedError(
                 "guest id", expected="one that no attached guest has", got=link.guest_id, code="guest-id-taken"
@@ -108,6 +112,7 @@ class Daemon:
         if self.store.let_go(link):
             self._tell_held()
         log.info("guest attached", guest=link.guest_id, state=str(link.state), size_bytes=link.size_bytes, pid=link.pid)
+        return returning.go_on(self, link)
 
     def _guest_gone(self, link: GuestLink) -> None:
         self._links.discard(link)
@@ -180,6 +185,41 @@ class Daemon:
         self._start(migration)
         return migration
 
+    def take_back_source(self, guest: GuestLink, record: Record) -> None:
+        """A migration of an earlier life goes on: the guest is paused here, and the destination will be asked."""
+        self._start(
+            SourceMigration(
+                guest,
+                Address.parse(record.peer),
+                self.quiet,
+                self._migration_ended,
+                bulk=record.bulk,
+                streams=record.streams,
+                congestion_control=self._congestion_control,
+                poll_ns=self._poll_ns,
+                pacing=self._pacing,
+                record=record,
+            )
+        )
+
+    def take_back_destination(self, guest: GuestLink, record: Record) -> None:
+        """The same of a guest that runs here and lacks pages."""
+        self._start(
+            DestinationMigration(
+                bytes.fromhex(record.migration_id),
+                record.peer,
+                ControlConnection(),
+                self.take_waiting,
+                self.quiet,
+                self.room,
+                self._migration_ended,
+                poll_ns=self._poll_ns,
+                streams_max=self._streams_max,
+                record=record,
+                guest=guest,
+            )
+        )
+
     def recover(self, migration: SourceMigration | DestinationMigration, address: Address | None) -> None:
         """Have a paused migration dial at once, from now on there. Raises NotRecoverableError, ListenRefusedError."""
         if not isinstance(migration, SourceMigration):
@@ -200,6 +240,7 @@ class Daemon:
         self.migrations[migration.id] = migration
         migration.first_event = self.events.newest + 1
         migration.on_advance = self._migration_advanced
+        migration.records = self.records
         self._migration_advanced(migration)
         migration.before_switchover = lambda: self._store(migration)
         migration.task = asyncio.get_running_loop().create_task(migration.run())
@@ -272,6 +313,9 @@ class Daemon:
                 "epoch-stale", "control connection", expected="a new migration, epoch 0", got=f"epoch {preamble.epoch}"
             )
         if preamble.epoch != 0:
+            if returning.can_answer(self, preamble):
+                await returning.answer_source(self, sock, preamble)
+                return
             await answer(sock, AnswerCode.MIGRATION_UNKNOWN)
             raise ProtocolError(
                 "migration-unknown", "control connection", expected="a migration of this daemon", got=migration_id
@@ -339,6 +383,8 @@ class Daemon:
         self.store.take_back()
         group_id = None if self._socket_group is None else socket_group_id(self._socket_group)
         make_private(self.runtime_dir, group_id)
+        self.records.open()
+        returning.decide(self)
         info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
         guests = unix_listener(self.runtime_dir / GUEST_SOCKET, group_id)
         self._keep(loop.create_task(self._accept_guests(guests)))

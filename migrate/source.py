@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from migrate import __version__
@@ -30,6 +30,7 @@ from migrate.errors import (
 from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect, greet
 from migrate.precopy import AUTO, PrecopyPolicy
+from migrate.record import Record
 from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
 from migrate.region import populated_bytes
 from migrate.rounds import PEER_REASON_SECONDS, lost
@@ -86,8 +87,10 @@ class SourceMigration(Departure):
         poll_ns: int = 0,
         pacing: bool = True,
         bulk_limit_bytes_per_second: int | None = None,
+        record: Record | None = None,
     ) -> None:
-        super().__init__(os.urandom(16), guest, str(address), precopy, on_end)
+        """``record``: of an earlier life of this daemon, which had paused the guest."""
+        super().__init__(os.urandom(16) if record is None else bytes.fromhex(record.migration_id), guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk, self.bulk_limit_bytes_per_second = bulk, bulk_limit_bytes_per_second
         self.precopy = precopy
@@ -97,6 +100,7 @@ class SourceMigration(Departure):
         self._quiet = quiet
         self._control: ControlConnection | None = None
         self.streams = streams if bulk else 1
+        self.record = record
         self._connections = DataConnections()
         self._clock = SAME_CLOCK
         self._paused = False
@@ -109,12 +113,16 @@ class SourceMigration(Departure):
     async def run(self) -> None:
         error: Exception | None = None
         try:
-            await self._connect()
-            await self._attach()
-            self.advance(Event.ATTACHED)
-            await self._precopy()
-            self._begin_stream()
-            await self._leave()
+            if self.record is not None:
+                await self._take_back(self.record)
+                await self._leave(self._recover)
+            else:
+                await self._connect()
+                await self._attach()
+                self.advance(Event.ATTACHED)
+                await self._precopy()
+                self._begin_stream()
+                await self._leave(self._switch_over)
         except asyncio.CancelledError:
             error = self._cancelled()
         except Exception as raised:
@@ -124,20 +132,36 @@ class SourceMigration(Departure):
             self._close()
             self.end(error)
 
-    async def _connect(self) -> None:
+    async def _take_back(self, record: Record) -> None:
+        """Of an earlier life: the guest is paused, and may have been resumed at the destination, which is asked (P6)."""
+        self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
+        self._paused = True
+        plane = self._make_plane()
+        plane.streams(self.streams)
+        plane.restarted()
+        if self.before_switchover is not None:
+            await self.before_switchover()
+        self.advance(Event.TAKEN_BACK)
+        self.log.warning("migration taken back after a restart, dialling its destination", peer=self.peer, epoch=self.epoch)
+
+    def _make_plane(self) -> SourcePlane:
         self.guest.on_failed, self.guest.on_discard = self._guest_failed, self._discarded
-        self.advance(Event.CONNECT)
-        self._plane = SourcePlane(self.guest.regions)
-        self._plane.poll(self._poll_ns)
+        plane = self._plane = SourcePlane(self.guest.regions)
+        plane.poll(self._poll_ns)
         if not self._pacing:
-            self._plane.unpaced()
-        self._plane.limit(self.bulk_limit_bytes_per_second)
-        self.pages_total = self._plane.figures()["pages_total"]
+            plane.unpaced()
+        plane.limit(self.bulk_limit_bytes_per_second)
+        self.pages_total = plane.figures()["pages_total"]
+        return plane
+
+    async def _connect(self) -> None:
+        self.advance(Event.CONNECT)
+        plane = self._make_plane()
         sock = await self._dial(ConnectionKind.CONTROL, NO_TOKEN)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
         assert self.guest.hello is not None
         if self.bulk and self.precopy.rounds != 0:
-            await self._rounds.track(self._plane)
+            await self._rounds.track(plane)
         else:
             self.switched_because = (
                 "no precopy was asked for" if self.bulk else "no precopy: without bulk only touched pages cross"
@@ -202,9 +226,8 @@ class SourceMigration(Departure):
         for stream, sock in enumerate(self._connections.bulk):
             self.start_loop("stream", partial(self._plane.stream_loop, sock.fileno(), stream))
 
-    async def _leave(self) -> None:
-        """The switchover and all that comes after it. A connection that is lost then is made again (P5)."""
-        step = self._switch_over
+    async def _leave(self, step: Callable[[], Awaitable[None]]) -> None:
+        """The switchover, or what is left of it, and all that comes after it. A connection that is lost then is made again (P5)."""
         while self.state is not State.COMPLETE:
             try:
                 await step()
@@ -227,6 +250,7 @@ class SourceMigration(Departure):
         assert self._plane is not None
         if self.before_switchover is not None:
             await self.before_switchover()
+        self._begin_record()
         async with self._quiet:
             self.advance(Event.PREPARE)
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
@@ -248,12 +272,29 @@ class SourceMigration(Departure):
             self._control.check()
             self._check_data_connections()  # the last moment at which a failure leaves the guest here (P5)
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
+            self.commit_record()
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
             self._plane.open()
             await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
         self._ran_there = True
         self.advance(Event.RUNNING)
+
+    def _begin_record(self) -> None:
+        """Before the pause: a daemon that is started anew finds the guest paused, and must know that it may be resumed here."""
+        self.record = Record(
+            role=self.role,
+            migration_id=self.id,
+            guest_id=self.guest_id,
+            files=self.guest.files,
+            peer=self.peer,
+            token=self._token.hex(),
+            epoch=self.epoch,
+            streams=self.streams,
+            bulk=self.bulk,
+        )
+        self.keep_record()
+        self.stage_record(may_run_there=True)
 
     def _check_data_connections(self) -> None:
         """Their loops are parked and do not see that one has ended. The peer's own words come first, if they are here."""
@@ -297,9 +338,12 @@ class SourceMigration(Departure):
         self._faults_there = sum(summary.count for summary in message.faults.values())
         self.error = None
         self.advance(Event.COMPLETE)
+        with contextlib.suppress(OSError):
+            self.keep_record(verdict="complete")  # before the destination forgets it
         self._control.send(Released())
         self._stop_loops()  # before the memory files are closed
         self.guest.send(GuestReleased())
+        self.end_record()
         self.guest.close()
         self.guest.release()
         self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
@@ -332,6 +376,7 @@ class SourceMigration(Departure):
     async def _dial_again(self) -> None:
         assert self._plane is not None
         self.epoch += 1
+        self.keep_record(epoch=self.epoch, peer=self.peer)
         sock = await self._dial(ConnectionKind.CONTROL, self._token)
         _, self._control = await self._loop.create_connection(ControlConnection, sock=sock)
         self._control.send(Recover(epoch=self.epoch))
@@ -449,8 +494,11 @@ class SourceMigration(Departure):
 
     def _guest_runs_on(self) -> None:
         if self._paused:
+            with contextlib.suppress(OSError):  # a daemon that is started anew finds it running all the same, once it has read this
+                self.keep_record(may_run_there=False)
             self.guest.send(Resume(epoch=self.epoch, state=None))
         self._paused = False
+        self.end_record()
         self._stop_loops()  # before the pagemap is closed
         self.guest.untrack()
         self.guest.on_failed = self.guest.on_discard = None
