@@ -181,7 +181,7 @@ class DestinationMigration(Arrival):
             await self.before_switchover()
 
     def _begin_record(self) -> None:
-        """Before the source is told that it may switch over: a daemon that is started anew must know that this guest never ran here."""
+        """Before the source is told that it may switch over: one who is started anew must know that this guest never ran here."""
         assert self.guest is not None
         self.record = Record(
             role=self.role,

@@ -64,8 +64,8 @@ STATE_OF_ROLE = {
 
 
 class GuestLink:
-    """One connection of a guest's agent. Calls back: ``on_hello`` (may raise to refuse; what it returns is called once the guest has
-    been welcomed), ``on_gone``."""
+    """One connection of a guest's agent. Calls back: ``on_hello`` (may raise to refuse; what it returns is called once the guest
+    has been welcomed), ``on_gone``."""
 
     def __init__(
         self,
@@ -130,9 +130,9 @@ class GuestLink:
         self._writable()
 
     def keep(self, states_fd: int) -> bool:
-        """Give it the page states to keep: when this returns they are in its hands, whatever happens to us. False: it takes none."""
+        """Give it the page states: they are in its hands when this returns, whatever becomes of us. False: it takes none."""
         assert self.hello is not None
-        if "return" not in self.hello.offers or self._unsent or self.gone:
+        if "keep" not in self.hello.offers or self._unsent or self.gone:
             return False
         data = encode(Keep())
         with contextlib.suppress(OSError):

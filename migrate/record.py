@@ -2,11 +2,12 @@
 
 Written before the act that it describes, so that after any death the file says at least as much as has happened (P4, P6):
 
-- at the source ``may_run_there`` is recorded before ``switchover`` is sent, at the destination before ``resume``. Where it is not
-  recorded the act has not happened: the source resumes its guest, the destination never will.
-- ``verdict`` is recorded before it is said: ``aborted``, this guest is never resumed there in that epoch; ``complete``, it is whole there.
+- at the source ``may_run_there`` is recorded before ``switchover`` is sent, at the destination before ``resume``. Where it is
+  not recorded the act has not happened: the source resumes its guest, the destination never will.
+- ``verdict`` is recorded before it is said: ``aborted``, this guest is never resumed there in that epoch; ``complete``, it is
+  whole there.
 
-The two writes that fall into a downtime are prepared before it (``stage``), so that one rename(2) is left (``commit``). Nothing is
+The two writes that fall into a downtime are prepared before it (``stage``): one rename(2) is left (``commit``). Nothing is
 synced: what survives a power cut is no guest either. The files are 0600, for they hold the migration's token.
 """
 
@@ -48,7 +49,7 @@ class Record(BaseModel):
 
 
 class RecordBook:
-    """The records of one daemon. Without a directory it keeps none. What cannot be written raises OSError: the act must not follow."""
+    """The records of one daemon. Without a directory it keeps none. Raises OSError for what cannot be written: no act follows."""
 
     def __init__(self, runtime_dir: Path | None = None) -> None:
         self._folder = None if runtime_dir is None else runtime_dir / FOLDER

@@ -12,8 +12,8 @@ A record says what may have been done (record.py), the guest says how it stands;
     arriving     destination                   it runs here, on what is here; the source will ask: PAUSED
     paused, arriving   none that fits          undecided: it is left as it is, and a person decides
 
-A destination that had recorded no resume decides at once, before any guest is here. The agent is the authority on who runs: it has read
-all of its old connection before it says hello.
+A destination that had recorded no resume decides at once, before any guest is here. The agent is the authority on who runs: it
+has read all of its old connection before it says hello.
 """
 
 import asyncio
@@ -48,7 +48,8 @@ def decide(daemon: "Daemon") -> None:
         if record.role is Role.DESTINATION and not record.may_run_there and not record.verdict:
             _conclude(daemon, record, verdict="aborted")
         elif not record.verdict:
-            log.warning("migration of an earlier life: waiting for its guest", guest=record.guest_id, migration=record.migration_id)
+            told = {"guest": record.guest_id, "migration": record.migration_id}
+            log.warning("migration of an earlier life: waiting for its guest", **told)
 
 
 def _conclude(daemon: "Daemon", record: Record, verdict: str) -> None:
@@ -78,7 +79,8 @@ def go_on(daemon: "Daemon", link: GuestLink) -> Callable[[], None] | None:
 
 def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], None] | None:
     if record is None:
-        return _undecided(link)
+        _tell_undecided(link)
+        return None
     if record.verdict == "complete":
         return partial(_release, daemon, link, record)
     if not record.may_run_there or record.verdict == "aborted":
@@ -89,7 +91,8 @@ def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callabl
 
 def _arriving(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], None] | None:
     if record is None or record.verdict == "aborted":
-        return _undecided(link)
+        _tell_undecided(link)
+        return None
     link.state = GuestState.ARRIVING
     return lambda: daemon.take_back_destination(link, _taken(daemon, record))
 
@@ -100,7 +103,7 @@ def _taken(daemon: "Daemon", record: Record) -> Record:
     return record
 
 
-def _undecided(link: GuestLink) -> None:
+def _tell_undecided(link: GuestLink) -> None:
     log.error(
         "guest amid a migration of which nothing is known here: it is left as it is",
         guest=link.guest_id,
@@ -129,7 +132,7 @@ def can_answer(daemon: "Daemon", preamble: Preamble) -> bool:
 
 
 async def answer_source(daemon: "Daemon", sock: socket.socket, preamble: Preamble) -> None:
-    """The source of a migration that has ended here in an earlier life dials again: it is told how. Raises ProtocolError, OSError."""
+    """The source of a migration that has ended here in an earlier life dials again: it is told how. Raises ProtocolError."""
     record = daemon.records.earlier[preamble.migration_id.hex()]
     if not hmac.compare_digest(preamble.token, bytes.fromhex(record.token)):
         await answer(sock, AnswerCode.TOKEN_WRONG)
@@ -148,4 +151,3 @@ async def answer_source(daemon: "Daemon", sock: socket.socket, preamble: Preambl
         log.warning("source of an earlier migration", migration=record.migration_id, reason=str(error))
     finally:
         control.close()
-

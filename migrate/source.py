@@ -90,7 +90,8 @@ class SourceMigration(Departure):
         record: Record | None = None,
     ) -> None:
         """``record``: of an earlier life of this daemon, which had paused the guest."""
-        super().__init__(os.urandom(16) if record is None else bytes.fromhex(record.migration_id), guest, str(address), precopy, on_end)
+        migration_id = os.urandom(16) if record is None else bytes.fromhex(record.migration_id)
+        super().__init__(migration_id, guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk, self.bulk_limit_bytes_per_second = bulk, bulk_limit_bytes_per_second
         self.precopy = precopy
@@ -227,7 +228,7 @@ class SourceMigration(Departure):
             self.start_loop("stream", partial(self._plane.stream_loop, sock.fileno(), stream))
 
     async def _leave(self, step: Callable[[], Awaitable[None]]) -> None:
-        """The switchover, or what is left of it, and all that comes after it. A connection that is lost then is made again (P5)."""
+        """The switchover, or recovery, and all that comes after it. A connection that is lost then is made again (P5)."""
         while self.state is not State.COMPLETE:
             try:
                 await step()
@@ -494,7 +495,7 @@ class SourceMigration(Departure):
 
     def _guest_runs_on(self) -> None:
         if self._paused:
-            with contextlib.suppress(OSError):  # a daemon that is started anew finds it running all the same, once it has read this
+            with contextlib.suppress(OSError):  # who is started anew finds it running all the same, once it has read this
                 self.keep_record(may_run_there=False)
             self.guest.send(Resume(epoch=self.epoch, state=None))
         self._paused = False

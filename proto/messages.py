@@ -263,7 +263,7 @@ class Hello(Message):
     """agent -> daemon, first, with descriptors attached: the memory files, then (waiting guests) the userfaultfd.
 
     role ``running``: may be migrated away; ``waiting``: takes a guest whose regions equal its own. Of one whose daemon was lost
-    amid a migration: ``paused`` at the source, ``arriving`` at the destination, resumed in ``epoch``, its page states attached last.
+    amid a migration: ``paused`` at the source; ``arriving`` at the destination, resumed in ``epoch``, page states attached last.
     """
 
     type: Literal["hello"] = "hello"

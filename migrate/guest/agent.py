@@ -181,7 +181,7 @@ class Agent:
             machine=self._machine_kind,
             wake_ms=self._wake_ms,
             declares=self._declares,
-            offers=["tracking", "return"],  # also of a waiting guest: once it is whole it can be moved on
+            offers=["tracking", "keep"],  # also of a waiting guest: once it is whole it can be moved on
             page_states=bool(states),
             epoch=self._epoch if role == "arriving" else None,
         )
