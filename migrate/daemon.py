@@ -229,6 +229,14 @@ class Daemon:
             require_loopback(address, "destination", insecure=self.insecure)
         migration.recover(address)
 
+    def resolve(self, guest_id: str, *, here: bool) -> GuestLink:
+        """A person decides where a paused guest runs. Raises NotFoundError, NotResolvableError."""
+        guest = self.guests.get(guest_id)
+        if guest is None:
+            raise NotFoundError(f"guest {guest_id}", expected="one of " + (", ".join(self.guests) or "none"), got="no such guest")
+        returning.resolve(self, guest, here=here)
+        return guest
+
     def migration(self, migration_id: str) -> SourceMigration | DestinationMigration:
         """By id or an unambiguous beginning of it. Raises NotFoundError."""
         found = [m for key, m in self.migrations.items() if key.startswith(migration_id)]

@@ -68,6 +68,12 @@ class NotRecoverableError(PostcopyError):
     code = "not-recoverable"
 
 
+class NotResolvableError(PostcopyError):
+    """Only a guest that is paused here, and of which it cannot be learned whether it runs elsewhere, is a person's to decide on."""
+
+    code = "not-resolvable"
+
+
 class NotCancellableError(PostcopyError):
     """The switchover has begun: the guest may run at the destination already."""
 

@@ -4,6 +4,7 @@ Written before the act that it describes, so that after any death the file says 
 
 - at the source ``may_run_there`` is recorded before ``switchover`` is sent, at the destination before ``resume``. Where it is
   not recorded the act has not happened: the source resumes its guest, the destination never will.
+- ``ran_there``, at the source, once the destination has said so: then no person may decide otherwise.
 - ``verdict`` is recorded before it is said: ``aborted``, this guest is never resumed there in that epoch; ``complete``, it is
   whole there.
 
@@ -45,6 +46,7 @@ class Record(BaseModel):
     bulk: bool = True
     precopy: bool = False
     may_run_there: bool = False
+    ran_there: bool = False
     verdict: Literal["", "aborted", "complete"] = ""
 
 

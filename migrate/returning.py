@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from migrate.control import ControlConnection
-from migrate.errors import PostcopyError
+from migrate.errors import NotResolvableError, PostcopyError
 from migrate.guest_link import GuestLink, GuestState
 from migrate.network import answer
 from migrate.record import Record
+from migrate.source import SourceMigration
 from proto.errors import ProtocolError
 from proto.messages import Aborted, Complete, GuestReleased, Recover, Released, Resume
 from proto.preamble import AnswerCode, Preamble
@@ -109,6 +110,21 @@ def _tell_undecided(link: GuestLink) -> None:
         guest=link.guest_id,
         hint="give this daemon the runtime directory of the one that it had",
     )
+
+
+def resolve(daemon: "Daemon", link: GuestLink, *, here: bool) -> None:
+    """A person has decided where the guest runs. Raises NotResolvableError unless it is paused here."""
+    migration = daemon.migration_of(link)
+    if isinstance(migration, SourceMigration):
+        migration.resolve(here=here)
+        return
+    if link.state is not GuestState.UNDECIDED or link.hello is None or link.hello.role != "paused":
+        raise NotResolvableError(f"guest {link.guest_id}", expected="paused here, its end unknown", got=str(link.state))
+    if here:
+        run_on(daemon, link, None)
+        return
+    link.send(GuestReleased())
+    link.close()
 
 
 def run_on(daemon: "Daemon", link: GuestLink, record: Record | None) -> None:

@@ -19,10 +19,12 @@ from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.departure import Departure
 from migrate.errors import (
     AbortedError,
+    ConnectionLostError,
     GuestGoneError,
     NotCancellableError,
     NotLimitableError,
     NotRecoverableError,
+    NotResolvableError,
     PauseFailedError,
     PeerRefusedError,
     PostcopyError,
@@ -106,6 +108,7 @@ class SourceMigration(Departure):
         self._clock = SAME_CLOCK
         self._paused = False
         self._ran_there = False
+        self._runs_here: bool | None = None  # as a person has decided
         self._retry = asyncio.Event()
         self._cancel_reason: str | None = None
 
@@ -136,7 +139,7 @@ class SourceMigration(Departure):
     async def _take_back(self, record: Record) -> None:
         """Of an earlier life: the guest is paused, and may have been resumed at the destination, which is asked (P6)."""
         self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
-        self._paused = True
+        self._paused, self._ran_there = True, record.ran_there
         plane = self._make_plane()
         plane.streams(self.streams)
         plane.restarted()
@@ -281,6 +284,12 @@ class SourceMigration(Departure):
         self._ran_there = True
         self.advance(Event.RUNNING)
 
+    def _record_that_it_ran(self) -> None:
+        """Behind the guest's first step: the destination has said that it runs there, and nobody decides otherwise any more."""
+        if self.record is not None and not self.record.ran_there:
+            with contextlib.suppress(OSError):  # then a person is believed, who has been told to make sure
+                self.keep_record(ran_there=True)
+
     def _begin_record(self) -> None:
         """Before the pause: a daemon that is started anew finds the guest paused, and must know that it may be resumed here."""
         self.record = Record(
@@ -323,6 +332,7 @@ class SourceMigration(Departure):
             self._loop.call_later(wake_seconds or FIRST_STEP_SECONDS, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
+            self._record_that_it_ran()
             if self.bulk and not wake_seconds:
                 self._open_bulk()
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
@@ -342,12 +352,15 @@ class SourceMigration(Departure):
         with contextlib.suppress(OSError):
             self.keep_record(verdict="complete")  # before the destination forgets it
         self._control.send(Released())
+        self._let_go_of_guest()
+        self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
+
+    def _let_go_of_guest(self) -> None:
         self._stop_loops()  # before the memory files are closed
         self.guest.send(GuestReleased())
         self.end_record()
         self.guest.close()
         self.guest.release()
-        self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
 
     def _open_bulk(self) -> None:
         if self._plane is not None:
@@ -363,6 +376,9 @@ class SourceMigration(Departure):
                 async with asyncio.timeout(delay_seconds):
                     await self._retry.wait()
             self._retry.clear()
+            self._heed_decision()
+            if self.state is State.COMPLETE:
+                return
             try:
                 await self._dial_again()
                 return
@@ -387,7 +403,7 @@ class SourceMigration(Departure):
             return
         if answer.epoch != self.epoch:
             raise ProtocolError("epoch-stale", "recovered epoch", expected=self.epoch, got=answer.epoch)
-        self._ran_there = True
+        self._ran_there, self._runs_here = True, None
         self._plane.next_epoch(settled=answer.settled)
         self._plane.open()  # it runs there: what is here is final
         self._connections = DataConnections(self.streams)
@@ -405,6 +421,31 @@ class SourceMigration(Departure):
         if address is not None:
             self._address, self.peer = address, str(address)
         self._retry.set()
+
+    def resolve(self, *, here: bool) -> None:
+        """A person has decided where the guest runs, and answers for it (P4). Raises NotResolvableError unless it is paused."""
+        if self.state is not State.PAUSED:
+            raise NotResolvableError(f"migration {self.id}", expected="a paused one", got=str(self.state))
+        if here and self._ran_there:
+            what = f"guest {self.guest_id}"
+            raise NotResolvableError(what, expected="one that may never have run there", got="its destination says it runs")
+        self._runs_here = here
+        self._retry.set()
+        if self._control is not None:  # of an attempt that waits for its answer
+            self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a decision"))
+
+    def _heed_decision(self) -> None:
+        """Raises AbortedError where the guest runs on here; else it is let go of."""
+        if self._runs_here:
+            raise AbortedError("guest", expected="the destination's word", got="a person's: it runs on here")
+        if self._runs_here is False:
+            self._complete_with(PostcopyError("guest", expected="the destination's word", got="a person's: it runs there"))
+
+    def _complete_with(self, error: PostcopyError) -> None:
+        self.advance(Event.COMPLETE)
+        self.error = error_facts(error)
+        self._let_go_of_guest()
+        self.log.warning("migration ended by a person's word: the guest runs there", peer=self.peer)
 
     def _end_epoch(self) -> None:
         """Its connections are closed, its loops have returned; what they have counted stays."""
