@@ -69,7 +69,7 @@ class NotRecoverableError(PostcopyError):
 
 
 class NotResolvableError(PostcopyError):
-    """Only a guest that is paused here, and of which it cannot be learned whether it runs elsewhere, is a person's to decide on."""
+    """Only of a guest that is paused here, and may run elsewhere for all that is known, a person decides."""
 
     code = "not-resolvable"
 

@@ -72,6 +72,6 @@ def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
         ),
     )
     async def resolve(guest_id: str, request: ResolveRequest) -> GuestInfo:
-        """For a guest of which it cannot be learned whether its destination has resumed it. Whoever decides answers for it: the same
-        guest must not run at two places."""
+        """For a guest of which it cannot be learned whether its destination has resumed it. Whoever decides answers for
+        it: no guest may run at two places."""
         return guest_info(daemon, daemon.resolve(guest_id, here=request.runs == "here"))

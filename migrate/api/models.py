@@ -107,9 +107,7 @@ class ResolveRequest(BaseModel):
 
     runs: Annotated[
         Literal["here", "there"],
-        Field(
-            description="here: it is resumed on this host. there: this host's copy is let go of, with all pages still to be sent."
-        ),
+        Field(description="here: it is resumed here. there: what is here is let go of, pages still to be sent with it."),
     ]
 
 

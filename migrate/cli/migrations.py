@@ -1,4 +1,4 @@
-"""``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``, ``resolve``: an operator's commands."""
+"""An operator's: ``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``, ``resolve``."""
 
 import json
 import sys

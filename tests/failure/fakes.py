@@ -28,6 +28,7 @@ from proto.messages import (
     GuestRegion,
     Heartbeat,
     Hello,
+    Keep,
     Message,
     Offer,
     OfferedRegion,
@@ -378,13 +379,15 @@ class FakeGuest:
         self.guest_id, self.role = guest_id, role
         self.userfaultfd = self.memory.register() if role == "waiting" else -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._older: list[socket.socket] = []
         self.connection = Connection(self._socket, guest_decoder())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._socket.close()
+        for sock in (self._socket, *self._older):
+            sock.close()
         if self.userfaultfd >= 0:
             os.close(self.userfaultfd)
         self.memory.close()
@@ -421,6 +424,22 @@ class FakeGuest:
         self.send(encode(self.hello()), self.descriptors())
         self.connection.receive(Welcome)
         return self
+
+    def receive_kept(self) -> int:
+        """``keep``, and what came with it: the caller closes it."""
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+        (message,) = guest_decoder().feed(data)
+        assert isinstance(message, Keep), message
+        return descriptors[0]
+
+    def connect_again(self, socket_path: Path, descriptors: Sequence[int] = (), **hello: object) -> Message:
+        """To another daemon, or one started anew, while the old connection stands: its answer."""
+        self._older.append(self._socket)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.connection = Connection(self._socket, guest_decoder())
+        self.connect(socket_path)
+        self.send(encode(self.hello(**hello)), [*self.descriptors(), *descriptors])
+        return self.connection.receive(Welcome, Refused)
 
     def answer_prepare(self) -> bool:
         """Take one message: answer it if it is ``prepare``, else keep it for later. False when nothing more is to be expected."""
