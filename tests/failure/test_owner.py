@@ -8,7 +8,7 @@ import pytest
 
 from migrate.errors import PostcopyError
 from migrate.pair import DaemonProcess, Pair, Process
-from proto.messages import GuestReleased, Message, Refused, Resume, Running, Welcome, encode
+from proto.messages import GuestReleased, Message, Refused, Resume, Welcome, encode
 
 from ..path.commuter import until
 from .fakes import FakeDestination, FakeGuest, FakeSource
@@ -82,6 +82,7 @@ def paused_undecided(pair: Pair, guest: FakeGuest) -> str:
     with FakeDestination() as fake:
         with pair.source.client() as client:
             migration_id = client.migrate(guest.guest_id, fake.address, precopy="off").id
+        fake.prepare(guest)
         fake.until_switchover_of(guest)
     with pair.source.client() as client:
         until(lambda: client.status(migration_id).state == "paused", "paused")
@@ -119,8 +120,7 @@ def test_not_resolved_against_the_destination(pair: Pair) -> None:
         guest.attach(pair.source.runtime_dir / GUESTS)
         with FakeDestination() as fake:
             migration_id = client.migrate("runs", fake.address, precopy="off").id
-            fake.until_switchover_of(guest)
-            fake.control.send(Running(epoch=0))
+            fake.switch_over(guest)
             until(lambda: client.status(migration_id).state == "postcopy", "postcopy")
         until(lambda: client.status(migration_id).state == "paused", "paused")
         with pytest.raises(PostcopyError, match="its destination says it runs"):
