@@ -1,4 +1,5 @@
-"""What a daemon must still know of a migration when it has been killed: one small file each, in its runtime directory.
+"""What a daemon must still know of a migration when it has been killed: one small file each, in its runtime directory, or in
+``STATE_DIRECTORY`` where a service manager gives it one, since that may take the runtime directory away between two lives.
 
 Written before the act that it describes, so that after any death the file says at least as much as has happened (P4, P6):
 
@@ -9,7 +10,8 @@ Written before the act that it describes, so that after any death the file says 
   whole there.
 
 The two writes that fall into a downtime are prepared before it (``stage``): one rename(2) is left (``commit``). Nothing is
-synced: what survives a power cut is no guest either. The files are 0600, for they hold the migration's token.
+synced: what survives a power cut is no guest either, and a record of another boot is dropped. The files are 0600, for they hold
+the migration's token.
 """
 
 import os
@@ -29,12 +31,23 @@ VERDICTS_KEPT = 64
 """Of earlier lives, for a peer that never asked."""
 
 
+def boot_id() -> str:
+    """An inode number means nothing after a reboot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def folder_of(runtime_dir: Path) -> Path:
+    state_directories = os.environ.get("STATE_DIRECTORY", "")
+    return (Path(state_directories.split(":")[0]) if state_directories else runtime_dir) / FOLDER
+
+
 class Record(BaseModel):
     """``files``: (device, inode) of the guest's memory files, by which it is known when it attaches again."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
+    boot_id: str = Field(default_factory=boot_id)
     role: Role
     migration_id: str = Field(pattern="^[0-9a-f]{32}$")
     guest_id: str
@@ -54,7 +67,7 @@ class RecordBook:
     """The records of one daemon. Without a directory it keeps none. Raises OSError for what cannot be written: no act follows."""
 
     def __init__(self, runtime_dir: Path | None = None) -> None:
-        self._folder = None if runtime_dir is None else runtime_dir / FOLDER
+        self._folder = None if runtime_dir is None else folder_of(runtime_dir)
         self.earlier: dict[str, Record] = {}
         """Of lives before this one, by migration, until somebody goes on with them."""
 
@@ -72,6 +85,9 @@ class RecordBook:
                 record = Record.model_validate_json(path.read_bytes())
             except (ValidationError, UnicodeDecodeError) as error:
                 log.error("record that cannot be read: left as it is", path=str(path), reason=type(error).__name__)
+                continue
+            if record.boot_id != boot_id():
+                path.unlink()
                 continue
             self.earlier[record.migration_id] = record
         decided = [record.migration_id for record in self.earlier.values() if record.verdict]

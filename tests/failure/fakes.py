@@ -209,7 +209,10 @@ class FakeSource:
 
     def attach(self) -> None:
         """Offered, accepted, urgent and as many of bulk as were accepted connected, ready."""
-        streams = self.offer().streams
+        self.attach_accepted(self.offer().streams)
+
+    def attach_accepted(self, streams: int) -> None:
+        """The rest of it, once it has been accepted."""
         self.urgent, answer = self.dial(ConnectionKind.URGENT, token=self.token)
         assert answer.code is AnswerCode.WELCOME
         self.bulks = []
@@ -223,12 +226,18 @@ class FakeSource:
     def prepare(self, guest: "FakeGuest | None" = None) -> None:
         """``guest``: the one that waits, when it is a fake too and has to answer."""
         self.attach()
+        self.prepare_attached(guest)
+
+    def prepare_attached(self, guest: "FakeGuest | None") -> None:
         self.control.beside = guest
         self.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
         self.control.receive(Prepared)
 
     def switch_over(self, guest: "FakeGuest | None" = None, state: bytes = b"a state", epoch: int = 0) -> None:
         self.prepare(guest)
+        self.say_switchover(state, epoch)
+
+    def say_switchover(self, state: bytes = b"a state", epoch: int = 0) -> None:
         self.control.send(Switchover(epoch=epoch, state=state, last_step_ns=monotonic_ns()))
 
     def until_running(self, guest: "FakeGuest", state: bytes = b"a state") -> None:

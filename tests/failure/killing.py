@@ -5,12 +5,18 @@ from types import TracebackType
 from typing import Self
 
 from migrate.errors import NotFoundError, PostcopyError
-from migrate.pair import DaemonProcess
+from migrate.pair import DaemonProcess, Pair
 from migrate.session import MigrationStatus
 
 from ..path.commuter import Commuter, until
 
 DECIDED_SECONDS = 30.0
+
+
+def slain(pair: Pair, daemon: DaemonProcess) -> DaemonProcess:
+    """SIGKILL, and the next one: same runtime directory, same address."""
+    daemon.signal(signal.SIGKILL)
+    return pair.again(daemon)
 
 
 class KilledMove:
