@@ -163,6 +163,7 @@ class DestinationMigration(Arrival):
     async def _take_back(self, record: Record) -> None:
         """Of an earlier life: the guest runs here, on what was here; the source will dial again (P6)."""
         assert self.guest is not None
+        self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would empty its memory
         self.epoch, self.guest_id, self._precopy = record.epoch, self.guest.guest_id, record.precopy
         self.log = self.log.bind(guest=self.guest_id)
         self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a restart of this daemon"))
@@ -170,11 +171,11 @@ class DestinationMigration(Arrival):
         result = await self.on_own_thread("restore", partial(plane.restore, guest.states_fd))
         if result.reason != "finished":
             raise result.error()
-        self._keep_states(guest, plane)  # before anything is placed or mapped
+        if not guest.keep(plane.states_fd):  # or the next life would take what is placed from now on for lacking
+            raise PostcopyError(f"guest {self.guest_id}", expected="to keep page states", got="it does not", code="guest-refused")
         plane.open()
         plane.wake()
         self.start_loop("fault", lambda: plane.fault_loop(-1))
-        self.advance(Event.TAKEN_BACK)
         restored = plane.figures()["pages_restored"]
         self.log.warning("migration taken back after a restart", peer=self.peer, pages_here=restored, pages=self.pages_total)
         if self.before_switchover is not None:

@@ -138,6 +138,7 @@ class SourceMigration(Departure):
 
     async def _take_back(self, record: Record) -> None:
         """Of an earlier life: the guest is paused, and may have been resumed at the destination, which is asked (P6)."""
+        self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would resume the guest
         self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
         self._paused, self._ran_there = True, record.ran_there
         plane = self._make_plane()
@@ -145,7 +146,6 @@ class SourceMigration(Departure):
         plane.restarted()
         if self.before_switchover is not None:
             await self.before_switchover()
-        self.advance(Event.TAKEN_BACK)
         self.log.warning("migration taken back after a restart, dialling its destination", peer=self.peer, epoch=self.epoch)
 
     def _make_plane(self) -> SourcePlane:

@@ -163,13 +163,28 @@ def test_destination_killed_with_resume_read(pair: Pair) -> None:
         source.say_switchover()
         guest.connection.receive(Resume)
         arriving.kill()
-        arriving.guest_returns(role="arriving", epoch=0)
+        arriving.guest_returns(role="arriving", epoch=0, offers=["keep"])
         os.close(guest.receive_kept())
         _, answer = source.dial(ConnectionKind.CONTROL, token=bytes(16), epoch=1)
         assert answer.code is AnswerCode.TOKEN_WRONG
         assert arriving.dial(2) is AnswerCode.WELCOME
         recovered = arriving.control.receive(Recovered)
         assert (recovered.epoch, recovered.settled) == (2, True)
+
+
+def test_a_guest_that_cannot_come_back_twice(pair: Pair) -> None:
+    """It keeps no page states of this life: those of the last one would call lacking what comes now, so nothing does."""
+    with FakeGuest("once", "waiting") as guest, FakeSource(pair.destination.address) as source:
+        arriving = Arriving(pair, guest, source)
+        source.say_switchover()
+        guest.connection.receive(Resume)
+        arriving.kill()
+        arriving.guest_returns(role="arriving", epoch=0)
+        with pair.destination.client() as client:
+            status = client.status(source.migration_id.hex(), settled_within_seconds=10)
+        assert status.state == "stalled"
+        assert status.error is not None
+        assert status.error.code == "guest-refused"
 
 
 def records(daemon: DaemonProcess) -> list[str]:
