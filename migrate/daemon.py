@@ -431,6 +431,7 @@ class Daemon:
                 link.close()
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):
                 (self.runtime_dir / name).unlink(missing_ok=True)
+            self.records.close()
             log.info("ended")
 
     def _tell_held(self) -> None:

@@ -14,6 +14,7 @@ synced: what survives a power cut is no guest either, and a record of another bo
 the migration's token.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,6 +94,12 @@ class RecordBook:
         decided = [record.migration_id for record in self.earlier.values() if record.verdict]
         for migration_id in decided[: max(0, len(decided) - VERDICTS_KEPT)]:
             self.remove(migration_id)
+
+    def close(self) -> None:
+        """At the end: nothing is left behind of a daemon that has nothing to go on with."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # records, or another's doing
+                self._folder.rmdir()
 
     def write(self, record: Record) -> None:
         self.stage(record)
