@@ -79,6 +79,10 @@ class DaemonClient:
         body = {"destination": destination}
         return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/recover", body))
 
+    def resolve(self, guest_id: str, *, here: bool) -> dict[str, Any]:
+        """Decide where a paused guest runs, of which it cannot be learned."""
+        return dict(self._call("POST", f"/v1/guests/{quote(guest_id, safe='')}/resolve", {"runs": "here" if here else "there"}))
+
     def latency(self, migration_id: str) -> dict[str, Any]:
         return dict(self._call("GET", f"{_path(migration_id)}/latency"))
 

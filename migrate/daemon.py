@@ -14,11 +14,14 @@ import signal
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
 
+from migrate import returning
 from migrate.config import make_private, share_with_group, socket_group_id
+from migrate.control import ControlConnection
 from migrate.daemon_paths import API_SOCKET, GUEST_SOCKET, INFO_FILE
 from migrate.dataplane import prefer_latency
 from migrate.descriptor_store import DescriptorStore
@@ -39,6 +42,7 @@ from migrate.metrics import Totals
 from migrate.network import Address, accept, answer, listen, require_explicit, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
+from migrate.record import Record, RecordBook
 from migrate.region import fit_text, shape_of
 from migrate.room import Room
 from migrate.session import Migration
@@ -80,6 +84,7 @@ class Daemon:
         self.guests: dict[str, GuestLink] = {}
         self.migrations: OrderedDict[str, SourceMigration | DestinationMigration] = OrderedDict()
         self.store = DescriptorStore()
+        self.records = RecordBook(runtime_dir)
         self.totals = Totals()
         self.quiet = Quiet()
         self.room = Room()
@@ -100,7 +105,7 @@ class Daemon:
 
     # --- guests -----------------------------------------------------------------------------------------------------
 
-    def _guest_hello(self, link: GuestLink) -> None:
+    def _guest_hello(self, link: GuestLink) -> Callable[[], None] | None:
         if link.guest_id in self.guests:
             raise GuestRefusedError(
                 "guest id", expected="one that no attached guest has", got=link.guest_id, code="guest-id-taken"
@@ -110,6 +115,7 @@ class Daemon:
         if self.store.let_go(link):
             self._tell_held()
         log.info("guest attached", guest=link.guest_id, state=str(link.state), size_bytes=link.size_bytes, pid=link.pid)
+        return returning.go_on(self, link)
 
     def _guest_gone(self, link: GuestLink) -> None:
         self._links.discard(link)
@@ -183,6 +189,41 @@ class Daemon:
         self._start(migration)
         return migration
 
+    def take_back_source(self, guest: GuestLink, record: Record) -> None:
+        """A migration of an earlier life goes on: the guest is paused here, and the destination will be asked."""
+        self._start(
+            SourceMigration(
+                guest,
+                Address.parse(record.peer),
+                self.quiet,
+                self._migration_ended,
+                bulk=record.bulk,
+                streams=record.streams,
+                congestion_control=self._congestion_control,
+                poll_ns=self._poll_ns,
+                pacing=self._pacing,
+                record=record,
+            )
+        )
+
+    def take_back_destination(self, guest: GuestLink, record: Record) -> None:
+        """The same of a guest that runs here and lacks pages."""
+        self._start(
+            DestinationMigration(
+                bytes.fromhex(record.migration_id),
+                record.peer,
+                ControlConnection(),
+                self.take_waiting,
+                self.quiet,
+                self.room,
+                self._migration_ended,
+                poll_ns=self._poll_ns,
+                streams_max=self._streams_max,
+                record=record,
+                guest=guest,
+            )
+        )
+
     def recover(self, migration: SourceMigration | DestinationMigration, address: Address | None) -> None:
         """Have a paused migration dial at once, from now on there. Raises NotRecoverableError, ListenRefusedError."""
         if not isinstance(migration, SourceMigration):
@@ -196,6 +237,14 @@ class Daemon:
         """Raises ListenRefusedError."""
         require_loopback(address, what, insecure=self.insecure or self.tls is not None)
 
+    def resolve(self, guest_id: str, *, here: bool) -> GuestLink:
+        """A person decides where a paused guest runs. Raises NotFoundError, NotResolvableError."""
+        guest = self.guests.get(guest_id)
+        if guest is None:
+            raise NotFoundError(f"guest {guest_id}", expected="one of " + (", ".join(self.guests) or "none"), got="no such guest")
+        returning.resolve(self, guest, here=here)
+        return guest
+
     def migration(self, migration_id: str) -> SourceMigration | DestinationMigration:
         """By id or an unambiguous beginning of it. Raises NotFoundError."""
         found = [m for key, m in self.migrations.items() if key.startswith(migration_id)]
@@ -207,6 +256,7 @@ class Daemon:
         self.migrations[migration.id] = migration
         migration.first_event = self.events.newest + 1
         migration.on_advance = self._migration_advanced
+        migration.records = self.records
         self._migration_advanced(migration)
         migration.before_switchover = lambda: self._store(migration)
         migration.task = asyncio.get_running_loop().create_task(migration.run())
@@ -285,6 +335,9 @@ class Daemon:
                 "epoch-stale", "control connection", expected="a new migration, epoch 0", got=f"epoch {preamble.epoch}"
             )
         if preamble.epoch != 0:
+            if returning.can_answer(self, preamble):
+                await returning.answer_source(self, came, preamble)
+                return
             await came.answer(AnswerCode.MIGRATION_UNKNOWN)
             raise ProtocolError(
                 "migration-unknown", "control connection", expected="a migration of this daemon", got=migration_id
@@ -352,6 +405,8 @@ class Daemon:
         self.store.take_back()
         group_id = None if self._socket_group is None else socket_group_id(self._socket_group)
         make_private(self.runtime_dir, group_id)
+        self.records.open()
+        returning.decide(self)
         info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
         guests = unix_listener(self.runtime_dir / GUEST_SOCKET, group_id)
         self._keep(loop.create_task(self._accept_guests(guests)))
@@ -390,6 +445,7 @@ class Daemon:
                 link.close()
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):
                 (self.runtime_dir / name).unlink(missing_ok=True)
+            self.records.close()
             log.info("ended")
 
     def _tell_held(self) -> None:

@@ -21,6 +21,7 @@ from migrate.dataplane import PEER_FAULTS, DestinationPlane, LoopResult
 from migrate.errors import CancelledByPeerError, ConnectionLostError, GuestGoneError, PostcopyError
 from migrate.greeting import DataSocket
 from migrate.guest_link import GuestLink, GuestState
+from migrate.record import Record
 from migrate.recovery import is_lost
 from migrate.room import Room
 from migrate.session import Migration, error_facts
@@ -73,10 +74,14 @@ class DestinationMigration(Arrival):
         *,
         poll_ns: int = 0,
         streams_max: int = STREAMS_MAX,
+        record: Record | None = None,
+        guest: GuestLink | None = None,
     ) -> None:
+        """``record``, ``guest``: of an earlier life of this daemon, brought back by a guest that has been resumed here."""
         super().__init__(migration_id, peer, on_end)
-        self.token = os.urandom(16)
-        self.guest: GuestLink | None = None
+        self.token = os.urandom(16) if record is None else bytes.fromhex(record.token)
+        self.record = record
+        self.guest: GuestLink | None = guest
         self._control = control
         self._take_guest = take_guest
         self._poll_ns, self._streams_max = poll_ns, streams_max
@@ -93,8 +98,11 @@ class DestinationMigration(Arrival):
     async def run(self) -> None:
         error: Exception | None = None
         try:
-            await self._accept()
-            await self._switch_over()
+            if self.record is not None:
+                await self._take_back(self.record)
+            else:
+                await self._accept()
+                await self._switch_over()
             await self._until_whole()
             await self._finish()
         except asyncio.CancelledError:
@@ -109,27 +117,17 @@ class DestinationMigration(Arrival):
         offer = await self._control.receive(Offer, deadline_seconds=ATTACH_DEADLINE_SECONDS)
         self.guest_id = offer.guest_id
         self.log = self.log.bind(guest=offer.guest_id)
-        guest = self._take_guest(offer)
-        guest.state = GuestState.ARRIVING
-        guest.on_stepped, guest.on_failed, guest.on_discard = self._stepped, self._fail, self._discarded
-        self.guest = guest
+        self.guest = self._take_guest(offer)
         self._precopy = offer.precopy
-        self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
-        if guest.hello is not None and guest.hello.remove_means == "zero":
-            self._plane.removed_is_zero()
-        self._plane.poll(self._poll_ns)
-        self.streams = min(offer.streams, self._streams_max)
-        self._connections = DataConnections(self.streams)
-        self._plane.streams(self.streams)
-        await empty(self, self._plane)
+        plane = self._make_plane(self.guest, min(offer.streams, self._streams_max))
+        self._keep_states(self.guest, plane)
+        await empty(self, plane)
         await self._make_room(offer)
-        self.pages_total = self._plane.figures()["pages_total"]
-        self._loop.add_reader(self._plane.final_fd, self._pages_final)
         self.advance(Event.OFFERED)
         self._control.send(
             Accept(
                 token=self.token,
-                waiting_guest_id=guest.guest_id,
+                waiting_guest_id=self.guest.guest_id,
                 clock_id=clock_id(),
                 software=f"postcopy {__version__}",
                 precopy=offer.precopy,
@@ -143,6 +141,62 @@ class DestinationMigration(Arrival):
         if self._precopy:
             self.advance(Event.PRECOPY)
             await self._hold_pages()
+
+    def _make_plane(self, guest: GuestLink, streams: int) -> DestinationPlane:
+        guest.state = GuestState.ARRIVING
+        guest.on_stepped, guest.on_failed, guest.on_discard = self._stepped, self._fail, self._discarded
+        plane = self._plane = DestinationPlane(guest.regions, guest.userfaultfd)
+        if guest.hello is not None and guest.hello.remove_means == "zero":
+            plane.removed_is_zero()
+        plane.poll(self._poll_ns)
+        self.streams = streams
+        self._connections = DataConnections(streams)
+        plane.streams(streams)
+        self.pages_total = plane.figures()["pages_total"]
+        self._loop.add_reader(plane.final_fd, self._pages_final)
+        return plane
+
+    def _keep_states(self, guest: GuestLink, plane: DestinationPlane) -> None:
+        if not guest.keep(plane.states_fd):
+            self.log.warning("guest would not survive the end of this daemon", reason="it keeps no page states for another one")
+
+    async def _take_back(self, record: Record) -> None:
+        """Of an earlier life: the guest runs here, on what was here; the source will dial again (P6)."""
+        assert self.guest is not None
+        self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would empty its memory
+        self.epoch, self.guest_id, self._precopy = record.epoch, self.guest.guest_id, record.precopy
+        self.log = self.log.bind(guest=self.guest_id)
+        self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a restart of this daemon"))
+        guest, plane = self.guest, self._make_plane(self.guest, record.streams)
+        result = await self.on_own_thread("restore", partial(plane.restore, guest.states_fd))
+        if result.reason != "finished":
+            raise result.error()
+        if not guest.keep(plane.states_fd):  # or the next life would take what is placed from now on for lacking
+            raise PostcopyError(f"guest {self.guest_id}", expected="to keep page states", got="it does not", code="guest-refused")
+        plane.open()
+        plane.wake()
+        self.start_loop("fault", lambda: plane.fault_loop(-1))
+        restored = plane.figures()["pages_restored"]
+        self.log.warning("migration taken back after a restart", peer=self.peer, pages_here=restored, pages=self.pages_total)
+        if self.before_switchover is not None:
+            await self.before_switchover()
+
+    def _begin_record(self) -> None:
+        """Before the source is told that it may switch over: one who is started anew must know that this guest never ran here."""
+        assert self.guest is not None
+        self.record = Record(
+            role=self.role,
+            migration_id=self.id,
+            guest_id=self.guest.guest_id,
+            files=self.guest.files,
+            peer=self.peer,
+            token=self.token.hex(),
+            epoch=self.epoch,
+            streams=self.streams,
+            precopy=self._precopy,
+        )
+        self.keep_record()
+        self.stage_record(may_run_there=True)
 
     async def _hold_pages(self) -> None:
         """Rounds come as long as the source finds them worth it; after its mark nothing is in flight."""
@@ -202,6 +256,7 @@ class DestinationMigration(Arrival):
         self._clock_offset_ns, self.downtime_uncertainty_ns = message.clock_offset_ns, message.clock_uncertainty_ns
         await self._quiet.wait()
         self._room.check(self.migration_id, message.populated_bytes)  # the last moment at which it can be refused
+        self._begin_record()
         async with self._quiet:
             self.advance(Event.PREPARE)
             assert self.guest is not None
@@ -214,6 +269,7 @@ class DestinationMigration(Arrival):
             assert self.guest is not None
             self._last_step_ns = switchover.last_step_ns
             # Recorded before the act: from here on the guest may run here, so `aborted` is no longer ours to say.
+            self.commit_record()
             self.advance(Event.RESUME_RECORDED)
             answer = await self.guest.request(
                 Resume(epoch=self.epoch, state=switchover.state), Running, ResumeFailed, deadline_seconds=RESUME_DEADLINE_SECONDS
@@ -251,6 +307,8 @@ class DestinationMigration(Arrival):
             raise lost
 
     def _abort(self, reason: str) -> None:
+        with contextlib.suppress(OSError):  # of a daemon that is started anew the guest itself says that it never ran
+            self.keep_record(verdict="aborted")
         self.advance(Event.ABORT)
         self._control.send(Aborted(epoch=self.epoch, reason=reason))
 
@@ -333,6 +391,8 @@ class DestinationMigration(Arrival):
         if self._final.done():
             return
         self._control, self.epoch = again.result()
+        with contextlib.suppress(OSError):  # one that is older only makes the source dial more often
+            self.keep_record(epoch=self.epoch)
         self._connections = DataConnections(self.streams)
         self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
         await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)
@@ -366,9 +426,7 @@ class DestinationMigration(Arrival):
             self._again.set_result((control, epoch))
             return
         if self.state is State.COMPLETE:
-            control.send(self._whole())
-            with contextlib.suppress(PostcopyError, ProtocolError):
-                await control.receive(Released, deadline_seconds=RELEASED_DEADLINE_SECONDS)
+            await self._say_whole(control)
         elif self.ended:
             control.send(Aborted(epoch=0, reason=self.error.what if self.error else str(self.state)))
         else:
@@ -385,16 +443,22 @@ class DestinationMigration(Arrival):
         result = await self.on_own_thread("finish", plane.finish)
         if result.reason != "finished":
             raise result.error()
+        with contextlib.suppress(OSError):  # the guest itself says that it is whole
+            self.keep_record(verdict="complete")
         self.guest.became_running()
         self.guest.on_discard = None
         self.guest.send(GuestComplete())
         self._summarize()
         self.error = None
         self.advance(Event.COMPLETE)
-        self._control.send(self._whole())
         self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
+        await self._say_whole(self._control)
+
+    async def _say_whole(self, control: ControlConnection) -> None:
+        control.send(self._whole())
         with contextlib.suppress(PostcopyError, ProtocolError):  # the guest is whole: what the source does now is its own
-            await self._control.receive(Released, deadline_seconds=RELEASED_DEADLINE_SECONDS)
+            await control.receive(Released, deadline_seconds=RELEASED_DEADLINE_SECONDS)
+            self.end_record()
 
     def _whole(self) -> Complete:
         return Complete(
@@ -484,6 +548,8 @@ class DestinationMigration(Arrival):
             self._summarize()
         if self.guest is not None and self.state in (State.FAILED, State.CANCELLED, State.ABORTED):
             await give_back(self, self._plane, self.guest)
+        if self.state in (State.FAILED, State.CANCELLED):
+            self.end_record()
         if self.state is not State.STALLED:  # whose pages are still to come
             self._room.forget(self.migration_id)
         if self._plane is not None:

@@ -68,6 +68,12 @@ class NotRecoverableError(PostcopyError):
     code = "not-recoverable"
 
 
+class NotResolvableError(PostcopyError):
+    """Only of a guest that is paused here, and may run elsewhere for all that is known, a person decides."""
+
+    code = "not-resolvable"
+
+
 class NotCancellableError(PostcopyError):
     """The switchover has begun: the guest may run at the destination already."""
 

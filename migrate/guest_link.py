@@ -14,7 +14,7 @@ import structlog
 from migrate import __version__, dataplane, uffd
 from migrate.dataplane import MemoryRegion
 from migrate.errors import DeadlineError, GuestBusyError, GuestGoneError, GuestRefusedError, PostcopyError
-from migrate.region import check_regions, shape_of
+from migrate.region import check_regions, is_memory_file, shape_of
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -25,6 +25,7 @@ from proto.messages import (
     GuestPrepare,
     GuestPrepared,
     Hello,
+    Keep,
     Message,
     PageRange,
     Refused,
@@ -42,6 +43,7 @@ log = structlog.get_logger("postcopy.guest")
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 RECEIVE_BYTES = 1 << 16
+DESCRIPTORS_MAX = REGIONS_MAX + 2  # the memory files, the userfaultfd, the page states
 
 
 class GuestState(StrEnum):
@@ -50,13 +52,26 @@ class GuestState(StrEnum):
     LEAVING = "leaving"  # source of a migration
     ARRIVING = "arriving"  # destination of a migration
     LOST = "lost"  # its migration stalled or it broke; kept as it is
+    UNDECIDED = "undecided"  # amid a migration that this daemon knows nothing of: it may run elsewhere
+
+
+STATE_OF_ROLE = {
+    "running": GuestState.RUNNING,
+    "waiting": GuestState.WAITING,
+    "paused": GuestState.UNDECIDED,  # until the daemon has found its record
+    "arriving": GuestState.UNDECIDED,
+}
 
 
 class GuestLink:
-    """One connection of a guest's agent. Calls back: ``on_hello`` (may raise to refuse), ``on_gone``."""
+    """One connection of a guest's agent. Calls back: ``on_hello`` (may raise to refuse; what it returns is called once the guest
+    has been welcomed), ``on_gone``."""
 
     def __init__(
-        self, sock: socket.socket, on_hello: Callable[["GuestLink"], None], on_gone: Callable[["GuestLink"], None]
+        self,
+        sock: socket.socket,
+        on_hello: Callable[["GuestLink"], Callable[[], None] | None],
+        on_gone: Callable[["GuestLink"], None],
     ) -> None:
         sock.setblocking(False)
         self._socket = sock
@@ -73,6 +88,7 @@ class GuestLink:
         self.regions: list[MemoryRegion] = []
         self.userfaultfd = -1
         self.pagemap_fd = -1
+        self.states_fd = -1  # page states that an earlier daemon had given it
         self.gone = False
         self.failure: str | None = None
         self.on_stepped: Callable[[int], None] | None = None
@@ -98,6 +114,12 @@ class GuestLink:
     def size_bytes(self) -> int:
         return sum(region.size_bytes for region in self.regions)
 
+    @property
+    def files(self) -> list[tuple[int, int]]:
+        """(device, inode) of its memory files, each once, in the order of the regions: by these it is known again."""
+        statuses = [os.fstat(descriptor) for descriptor in dict.fromkeys(region.memory_fd for region in self.regions)]
+        return [(status.st_dev, status.st_ino) for status in statuses]
+
     # --- messages ---------------------------------------------------------------------------------------------------
 
     def send(self, message: Message) -> None:
@@ -106,6 +128,19 @@ class GuestLink:
             return
         self._unsent += encode(message)
         self._writable()
+
+    def keep(self, states_fd: int) -> bool:
+        """Give it the page states: they are in its hands when this returns, whatever becomes of us. False: it takes none."""
+        assert self.hello is not None
+        if "keep" not in self.hello.offers or self._unsent or self.gone:
+            return False
+        data = encode(Keep())
+        with contextlib.suppress(OSError):
+            sent_bytes = socket.send_fds(self._socket, [data], [states_fd], socket.MSG_NOSIGNAL)
+            self._unsent += data[sent_bytes:]
+            self._writable()
+            return True
+        return False
 
     async def request(self, message: Message, yes: type[_M], no: type[_N], *, deadline_seconds: float) -> _M | _N:
         """Send, and wait for one of the two answers. Raises GuestGoneError, DeadlineError."""
@@ -173,7 +208,7 @@ class GuestLink:
 
     def _readable(self) -> None:
         try:
-            data, descriptors, flags, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, REGIONS_MAX + 1, socket.MSG_CMSG_CLOEXEC)
+            data, descriptors, flags, _ = socket.recv_fds(self._socket, RECEIVE_BYTES, DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -190,8 +225,8 @@ class GuestLink:
             self.close()
             return
         try:
-            if flags & socket.MSG_CTRUNC or len(self._descriptors) > REGIONS_MAX + 1:
-                raise GuestRefusedError("descriptors", expected=f"<= {REGIONS_MAX + 1}", got="more")
+            if flags & socket.MSG_CTRUNC or len(self._descriptors) > DESCRIPTORS_MAX:
+                raise GuestRefusedError("descriptors", expected=f"<= {DESCRIPTORS_MAX}", got="more")
             for message in self._decoder.feed(data):
                 self._take(message)
         except (PostcopyError, ProtocolError) as error:
@@ -233,7 +268,7 @@ class GuestLink:
             region = self.regions[one.region] if one.region < len(self.regions) else None
             if region is None or one.page_index + one.page_count > region.size_bytes // region.page_bytes:
                 raise ProtocolError("message-invalid", "discard.ranges", expected="pages of its regions", got=one.model_dump())
-        if self.state is GuestState.LOST:
+        if self.state in (GuestState.LOST, GuestState.UNDECIDED):
             return
         if self.state is GuestState.WAITING:
             raise ProtocolError("message-unexpected", "discard", expected="none of a guest that waits", got="one")
@@ -251,22 +286,37 @@ class GuestLink:
             raise GuestRefusedError(
                 "guest protocol", expected=f"{PROTOCOL_MAJOR}.x", got=f"{hello.major}.{hello.minor}", code="version-unsupported"
             )
-        waiting = hello.role == "waiting"
-        expected = hello.memory_files + (1 if waiting else 0)
+        waiting = hello.role in ("waiting", "arriving")
+        expected = hello.memory_files + waiting + hello.page_states
         if len(self._descriptors) != expected:
             what = f"{hello.memory_files} memory files" + (" and a userfaultfd" if waiting else "")
+            what += ", and page states" if hello.page_states else ""
             raise GuestRefusedError("descriptors passed with hello", expected=f"{expected}: {what}", got=len(self._descriptors))
         try:
             self.regions = check_regions(hello.regions, self._descriptors[: hello.memory_files])
+            if hello.page_states:  # first: whoever owns the guest resolves its faults
+                self._own(self._descriptors[-1])
             if waiting:
-                self.userfaultfd = self._descriptors[-1]
+                self.userfaultfd = self._descriptors[hello.memory_files]
                 self._check_userfaultfd(hello)
         except OSError as error:
             raise GuestRefusedError("descriptors passed with hello", expected="usable ones", got=error) from error
-        self.state = GuestState.WAITING if waiting else GuestState.RUNNING
+        self.state = STATE_OF_ROLE[hello.role]
         self.hello = hello
-        self._on_hello(self)
+        go_on = self._on_hello(self)
         self.send(Welcome(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR, software=f"postcopy {__version__}"))
+        if go_on is not None:
+            go_on()
+
+    def _own(self, states_fd: int) -> None:
+        """No other daemon, hung or stopped, may still write this guest's memory. Raises GuestRefusedError, OSError."""
+        if not is_memory_file(states_fd):
+            raise GuestRefusedError("page states", expected="the descriptor that came with keep", got="another file")
+        if (owner := dataplane.own(states_fd)) is not None:
+            raise GuestRefusedError(
+                "page states", expected="no other daemon that has the guest", got=f"process {owner} has it", code="guest-owned"
+            )
+        self.states_fd = states_fd
 
     def _check_userfaultfd(self, hello: Hello) -> None:
         """Registering again is free where the range is MISSING|MINOR already, and says no where it cannot be (P3)."""
@@ -301,12 +351,13 @@ class GuestLink:
             self._loop.remove_writer(self._socket)
 
     def became_running(self) -> None:
-        """Its memory is whole: the daemon lets its descriptor of the userfaultfd go."""
+        """Its memory is whole: the daemon lets its descriptor of the userfaultfd go, and the page states."""
         self.state = GuestState.RUNNING
-        if self.userfaultfd >= 0:
-            os.close(self.userfaultfd)
-            self._descriptors.remove(self.userfaultfd)
-            self.userfaultfd = -1
+        for descriptor in (self.userfaultfd, self.states_fd):
+            if descriptor >= 0:
+                os.close(descriptor)
+                self._descriptors.remove(descriptor)
+        self.userfaultfd = self.states_fd = -1
 
     def close(self) -> None:
         """End the connection. Descriptors are closed unless a migration still needs them (``release``)."""
@@ -329,4 +380,4 @@ class GuestLink:
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self._descriptors.clear()
-        self.userfaultfd = -1
+        self.userfaultfd = self.states_fd = -1

@@ -131,6 +131,7 @@ class DaemonProcess(Process):
         arguments: Sequence[str] = (),
         *,
         listens: bool = True,
+        listen_at: str = "127.0.0.1:0",
         command: Sequence[str] | None = None,
     ) -> None:
         self.runtime_dir = directory / role
@@ -139,7 +140,7 @@ class DaemonProcess(Process):
             notify_socket.bind(str(notify_path))
             notify_socket.settimeout(0.2)
             kind = "destination" if listens else "source"
-            listen = ["--listen", "127.0.0.1:0"] if listens else []
+            listen = ["--listen", listen_at] if listens else []
             options = ["--runtime-dir", str(self.runtime_dir), "--metrics", "127.0.0.1:0", *listen, *arguments]
             environment = {"NOTIFY_SOCKET": str(notify_path)}
             super().__init__(role, [kind, *options], directory / f"{role}.log", environment, command=command)
@@ -203,6 +204,13 @@ class Pair:
 
     def daemon(self, role: str) -> DaemonProcess:
         child = DaemonProcess(self.directory, role, self._arguments)
+        self._children.append(child)
+        return child
+
+    def again(self, daemon: DaemonProcess) -> DaemonProcess:
+        """A daemon that has ended, or was killed, started anew: same runtime directory, same address."""
+        daemon.wait()
+        child = DaemonProcess(self.directory, daemon.name, self._arguments, listen_at=daemon.address)
         self._children.append(child)
         return child
 

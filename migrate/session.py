@@ -13,6 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 from migrate.clock import monotonic_ns
 from migrate.dataplane import LoopResult, LoopThread
 from migrate.errors import NotCancellableError, NotLimitableError, PostcopyError
+from migrate.record import Record, RecordBook
 from proto.errors import ProtocolError
 from proto.messages import FaultKind, LatencySummary
 from proto.states import ENDED, SETTLED, Event, Role, State, advance
@@ -156,6 +157,8 @@ class Migration:
         self._loop = asyncio.get_running_loop()
         self.counted = False  # in the daemon's totals
         self.on_advance: Callable[[Migration], None] = lambda _: None
+        self.records = RecordBook()  # the daemon's
+        self.record: Record | None = None  # what it says of this migration
         self.first_event = 0  # the daemon's events from this number on may be about it
         self._settled = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
@@ -179,6 +182,28 @@ class Migration:
         self._timeline.setdefault(str(self.state), monotonic_ns())
         self.on_advance(self)
         self.wake()
+
+    def keep_record(self, **changes: object) -> None:
+        """Before the act that it describes. Raises OSError: then that must not follow."""
+        if self.record is not None:
+            self.record = self.record.model_copy(update=changes)
+            self.records.write(self.record)
+
+    def stage_record(self, **changes: object) -> None:
+        """The same for an act within a downtime: ``commit_record`` is left."""
+        if self.record is not None:
+            self.record = self.record.model_copy(update=changes)
+            self.records.stage(self.record)
+
+    def commit_record(self) -> None:
+        if self.record is not None:
+            self.records.commit(self.id)
+
+    def end_record(self) -> None:
+        """Nothing hangs on it any more."""
+        if self.record is not None:
+            self.record = None
+            self.records.remove(self.id)
 
     @property
     def told(self) -> bool:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from migrate import __version__
@@ -19,10 +19,12 @@ from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.departure import Departure
 from migrate.errors import (
     AbortedError,
+    ConnectionLostError,
     GuestGoneError,
     NotCancellableError,
     NotLimitableError,
     NotRecoverableError,
+    NotResolvableError,
     PauseFailedError,
     PeerRefusedError,
     PostcopyError,
@@ -31,6 +33,7 @@ from migrate.greeting import DataSocket, dial_control, dial_data
 from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect
 from migrate.precopy import AUTO, PrecopyPolicy
+from migrate.record import Record
 from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
 from migrate.region import populated_bytes
 from migrate.rounds import PEER_REASON_SECONDS, lost
@@ -89,8 +92,11 @@ class SourceMigration(Departure):
         pacing: bool = True,
         bulk_limit_bytes_per_second: int | None = None,
         tls: Tls | None = None,
+        record: Record | None = None,
     ) -> None:
-        super().__init__(os.urandom(16), guest, str(address), precopy, on_end)
+        """``record``: of an earlier life of this daemon, which had paused the guest."""
+        migration_id = os.urandom(16) if record is None else bytes.fromhex(record.migration_id)
+        super().__init__(migration_id, guest, str(address), precopy, on_end)
         guest.state = GuestState.LEAVING  # at once: a second migration of this guest is refused from here on
         self.bulk, self.bulk_limit_bytes_per_second = bulk, bulk_limit_bytes_per_second
         self.precopy = precopy
@@ -100,10 +106,12 @@ class SourceMigration(Departure):
         self._quiet = quiet
         self._control: ControlConnection | None = None
         self.streams = streams if bulk else 1
+        self.record = record
         self._connections = DataConnections()
         self._clock = SAME_CLOCK
         self._paused = False
         self._ran_there = False
+        self._runs_here: bool | None = None  # as a person has decided
         self._retry = asyncio.Event()
         self._cancel_reason: str | None = None
 
@@ -112,12 +120,16 @@ class SourceMigration(Departure):
     async def run(self) -> None:
         error: Exception | None = None
         try:
-            await self._connect()
-            await self._attach()
-            self.advance(Event.ATTACHED)
-            await self._precopy()
-            self._begin_stream()
-            await self._leave()
+            if self.record is not None:
+                await self._take_back(self.record)
+                await self._leave(self._recover)
+            else:
+                await self._connect()
+                await self._attach()
+                self.advance(Event.ATTACHED)
+                await self._precopy()
+                self._begin_stream()
+                await self._leave(self._switch_over)
         except asyncio.CancelledError:
             error = self._cancelled()
         except Exception as raised:
@@ -127,19 +139,35 @@ class SourceMigration(Departure):
             self._close()
             self.end(error)
 
-    async def _connect(self) -> None:
+    async def _take_back(self, record: Record) -> None:
+        """Of an earlier life: the guest is paused, and may have been resumed at the destination, which is asked (P6)."""
+        self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would resume the guest
+        self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
+        self._paused, self._ran_there = True, record.ran_there
+        plane = self._make_plane()
+        plane.streams(self.streams)
+        plane.restarted()
+        if self.before_switchover is not None:
+            await self.before_switchover()
+        self.log.warning("migration taken back after a restart, dialling its destination", peer=self.peer, epoch=self.epoch)
+
+    def _make_plane(self) -> SourcePlane:
         self.guest.on_failed, self.guest.on_discard = self._guest_failed, self._discarded
-        self.advance(Event.CONNECT)
-        self._plane = SourcePlane(self.guest.regions)
-        self._plane.poll(self._poll_ns)
+        plane = self._plane = SourcePlane(self.guest.regions)
+        plane.poll(self._poll_ns)
         if not self._pacing:
-            self._plane.unpaced()
-        self._plane.limit(self.bulk_limit_bytes_per_second)
-        self.pages_total = self._plane.figures()["pages_total"]
+            plane.unpaced()
+        plane.limit(self.bulk_limit_bytes_per_second)
+        self.pages_total = plane.figures()["pages_total"]
+        return plane
+
+    async def _connect(self) -> None:
+        self.advance(Event.CONNECT)
+        plane = self._make_plane()
         self._control = await self._dial_control(NO_TOKEN)
         assert self.guest.hello is not None
         if self.bulk and self.precopy.rounds != 0:
-            await self._rounds.track(self._plane)
+            await self._rounds.track(plane)
         else:
             self.switched_because = (
                 "no precopy was asked for" if self.bulk else "no precopy: without bulk only touched pages cross"
@@ -204,9 +232,8 @@ class SourceMigration(Departure):
         for stream, sock in enumerate(self._connections.bulk):
             self.start_loop("stream", partial(self._plane.stream_loop, sock.fileno(), stream))
 
-    async def _leave(self) -> None:
-        """The switchover and all that comes after it. A connection that is lost then is made again (P5)."""
-        step = self._switch_over
+    async def _leave(self, step: Callable[[], Awaitable[None]]) -> None:
+        """The switchover, or recovery, and all that comes after it. A connection that is lost then is made again (P5)."""
         while self.state is not State.COMPLETE:
             try:
                 await step()
@@ -229,6 +256,7 @@ class SourceMigration(Departure):
         assert self._plane is not None
         if self.before_switchover is not None:
             await self.before_switchover()
+        self._begin_record()
         async with self._quiet:
             self.advance(Event.PREPARE)
             await self.guest.prepare(ANSWER_DEADLINE_SECONDS)
@@ -250,12 +278,35 @@ class SourceMigration(Departure):
             self._control.check()
             self._check_data_connections()  # the last moment at which a failure leaves the guest here (P5)
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
+            self.commit_record()
             self.advance(Event.SWITCHOVER_RECORDED)
             self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
             self._plane.open()
             await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
         self._ran_there = True
         self.advance(Event.RUNNING)
+
+    def _record_that_it_ran(self) -> None:
+        """Behind the guest's first step: the destination has said that it runs there, and nobody decides otherwise any more."""
+        if self.record is not None and not self.record.ran_there:
+            with contextlib.suppress(OSError):  # then a person is believed, who has been told to make sure
+                self.keep_record(ran_there=True)
+
+    def _begin_record(self) -> None:
+        """Before the pause: a daemon that is started anew finds the guest paused, and must know that it may be resumed here."""
+        self.record = Record(
+            role=self.role,
+            migration_id=self.id,
+            guest_id=self.guest_id,
+            files=self.guest.files,
+            peer=self.peer,
+            token=self._token.hex(),
+            epoch=self.epoch,
+            streams=self.streams,
+            bulk=self.bulk,
+        )
+        self.keep_record()
+        self.stage_record(may_run_there=True)
 
     def _check_data_connections(self) -> None:
         """Their loops are parked and do not see that one has ended. The peer's own words come first, if they are here."""
@@ -283,6 +334,7 @@ class SourceMigration(Departure):
             self._loop.call_later(wake_seconds or FIRST_STEP_SECONDS, self._open_bulk)
         while True:
             message = await self._control.receive(Progress, Complete)
+            self._record_that_it_ran()
             if self.bulk and not wake_seconds:
                 self._open_bulk()
             self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
@@ -299,12 +351,18 @@ class SourceMigration(Departure):
         self._faults_there = sum(summary.count for summary in message.faults.values())
         self.error = None
         self.advance(Event.COMPLETE)
+        with contextlib.suppress(OSError):
+            self.keep_record(verdict="complete")  # before the destination forgets it
         self._control.send(Released())
+        self._let_go_of_guest()
+        self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
+
+    def _let_go_of_guest(self) -> None:
         self._stop_loops()  # before the memory files are closed
         self.guest.send(GuestReleased())
+        self.end_record()
         self.guest.close()
         self.guest.release()
-        self.log.info("migration complete", peer=self.peer, downtime_ns=self.downtime_ns)
 
     def _open_bulk(self) -> None:
         if self._plane is not None:
@@ -320,6 +378,9 @@ class SourceMigration(Departure):
                 async with asyncio.timeout(delay_seconds):
                     await self._retry.wait()
             self._retry.clear()
+            self._heed_decision()
+            if self.state is State.COMPLETE:
+                return
             try:
                 await self._dial_again()
                 return
@@ -334,6 +395,7 @@ class SourceMigration(Departure):
     async def _dial_again(self) -> None:
         assert self._plane is not None
         self.epoch += 1
+        self.keep_record(epoch=self.epoch, peer=self.peer)
         self._control = await self._dial_control(self._token)
         self._control.send(Recover(epoch=self.epoch))
         answer = await self._control.receive(Recovered, Complete, deadline_seconds=ANSWER_DEADLINE_SECONDS)
@@ -342,7 +404,7 @@ class SourceMigration(Departure):
             return
         if answer.epoch != self.epoch:
             raise ProtocolError("epoch-stale", "recovered epoch", expected=self.epoch, got=answer.epoch)
-        self._ran_there = True
+        self._ran_there, self._runs_here = True, None
         self._plane.next_epoch(settled=answer.settled)
         self._plane.open()  # it runs there: what is here is final
         self._connections = DataConnections(self.streams)
@@ -360,6 +422,31 @@ class SourceMigration(Departure):
         if address is not None:
             self._address, self.peer = address, str(address)
         self._retry.set()
+
+    def resolve(self, *, here: bool) -> None:
+        """A person has decided where the guest runs, and answers for it (P4). Raises NotResolvableError unless it is paused."""
+        if self.state is not State.PAUSED:
+            raise NotResolvableError(f"migration {self.id}", expected="a paused one", got=str(self.state))
+        if here and self._ran_there:
+            what = f"guest {self.guest_id}"
+            raise NotResolvableError(what, expected="one that may never have run there", got="its destination says it runs")
+        self._runs_here = here
+        self._retry.set()
+        if self._control is not None:  # of an attempt that waits for its answer
+            self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a decision"))
+
+    def _heed_decision(self) -> None:
+        """Raises AbortedError where the guest runs on here; else it is let go of."""
+        if self._runs_here:
+            raise AbortedError("guest", expected="the destination's word", got="a person's: it runs on here")
+        if self._runs_here is False:
+            self._complete_with(PostcopyError("guest", expected="the destination's word", got="a person's: it runs there"))
+
+    def _complete_with(self, error: PostcopyError) -> None:
+        self.advance(Event.COMPLETE)
+        self.error = error_facts(error)
+        self._let_go_of_guest()
+        self.log.warning("migration ended by a person's word: the guest runs there", peer=self.peer)
 
     def _end_epoch(self) -> None:
         """Its connections are closed, its loops have returned; what they have counted stays."""
@@ -456,8 +543,11 @@ class SourceMigration(Departure):
 
     def _guest_runs_on(self) -> None:
         if self._paused:
+            with contextlib.suppress(OSError):  # who is started anew finds it running all the same, once it has read this
+                self.keep_record(may_run_there=False)
             self.guest.send(Resume(epoch=self.epoch, state=None))
         self._paused = False
+        self.end_record()
         self._stop_loops()  # before the pagemap is closed
         self.guest.untrack()
         self.guest.on_failed = self.guest.on_discard = None

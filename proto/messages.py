@@ -262,14 +262,15 @@ class GuestRegion(Message):
 class Hello(Message):
     """agent -> daemon, first, with descriptors attached: the memory files, then (waiting guests) the userfaultfd.
 
-    role ``running``: may be migrated away; ``waiting``: takes a guest whose regions equal its own.
+    role ``running``: may be migrated away; ``waiting``: takes a guest whose regions equal its own. Of one whose daemon was lost
+    amid a migration: ``paused`` at the source; ``arriving`` at the destination, resumed in ``epoch``, page states attached last.
     """
 
     type: Literal["hello"] = "hello"
     major: Version
     minor: Version
     guest_id: Name
-    role: Literal["running", "waiting"]
+    role: Literal["running", "waiting", "paused", "arriving"]
     regions: Annotated[list[GuestRegion], Field(min_length=1, max_length=REGIONS_MAX)]
     memory_files: Annotated[int, Field(ge=1, le=REGIONS_MAX)]
     offers: Annotated[list[Name], Field(max_length=32)] = []
@@ -277,6 +278,14 @@ class Hello(Message):
     remove_means: Literal["zero", "keep"] | None = None
     machine: Text | None = None
     wake_ms: Annotated[int, Field(ge=0, le=WAKE_MS_MAX)] = 0
+    page_states: bool = False
+    epoch: Epoch | None = None
+
+    @model_validator(mode="after")
+    def _brought_back(self) -> Self:
+        if self.role == "arriving" and not (self.page_states and self.epoch is not None):
+            raise ValueError("page_states and epoch of a guest that is arriving")
+        return self
 
     @model_validator(mode="after")
     def _files_named(self) -> Self:
@@ -326,6 +335,12 @@ class Untrack(Message):
     """daemon -> agent: the migration came to nothing; writes need not be seen any more."""
 
     type: Literal["untrack"] = "untrack"
+
+
+class Keep(Message):
+    """daemon -> agent, a descriptor attached: the page states, to be brought along when this daemon is lost."""
+
+    type: Literal["keep"] = "keep"
 
 
 class Pause(Message):
@@ -419,7 +434,7 @@ class GuestFailed(Message):
 
 
 GuestMessage = Annotated[
-    Hello | Welcome | Refused | GuestPrepare | GuestPrepared | Track | Tracking | TrackFailed | Untrack | Pause | Paused
+    Hello | Welcome | Refused | GuestPrepare | GuestPrepared | Track | Tracking | TrackFailed | Untrack | Keep | Pause | Paused
     | PauseFailed | Resume | ResumeFailed | Running | Stepped | Discard | Discarded | GuestComplete | GuestReleased | GuestFailed,
     Field(discriminator="type"),
 ]  # fmt: skip

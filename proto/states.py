@@ -42,6 +42,7 @@ class Event(StrEnum):
     COMPLETE = "complete"
     CANCEL = "cancel"
     FAILURE = "failure"  # anything that ends the attempt while the destination cannot have been told to run
+    TAKEN_BACK = "taken_back"  # by a daemon that was started anew, from its record and the guest
     LOST = "lost"  # a connection or the peer's answer, when it can
     STALL = "stall"  # what no new connection can mend, when it can
     ABORT = "abort"  # the destination will never resume this epoch
@@ -52,6 +53,7 @@ _BEFORE_PAUSE = (S.NEW, S.CONNECTING, S.ATTACHING, S.READY, S.PRECOPY, S.PREPARI
 TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
     Role.SOURCE: {
         (S.NEW, E.CONNECT): S.CONNECTING,
+        (S.NEW, E.TAKEN_BACK): S.PAUSED,
         (S.CONNECTING, E.ACCEPTED): S.ATTACHING,
         (S.ATTACHING, E.ATTACHED): S.READY,
         (S.READY, E.PRECOPY): S.PRECOPY,
@@ -73,6 +75,7 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
     },
     Role.DESTINATION: {
         (S.NEW, E.OFFERED): S.ATTACHING,
+        (S.NEW, E.TAKEN_BACK): S.PAUSED,
         (S.ATTACHING, E.ATTACHED): S.READY,
         (S.READY, E.PRECOPY): S.PRECOPY,
         (S.READY, E.PREPARE): S.PREPARING,

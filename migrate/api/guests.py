@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
-from migrate.api.models import GuestInfo, RegionInfo
+from migrate.api.models import GuestInfo, RegionInfo, ResolveRequest
 from migrate.api.problems import refusals
 from migrate.errors import NotFoundError
 from migrate.region import shape_text
@@ -53,3 +53,25 @@ def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
             there = ", ".join(daemon.guests) or "none"
             raise NotFoundError(f"guest {guest_id[:64]}", expected=f"one of {there}", got="no such guest")
         return guest_info(daemon, found)
+
+    @routes.post(
+        "/v1/guests/{guest_id}/resolve",
+        tags=["guests"],
+        operation_id="resolveGuest",
+        summary="Decide where a paused guest runs",
+        response_description="As it is at this moment.",
+        responses=refusals(
+            {
+                400: ("request-malformed", "The body is not JSON."),
+                404: ("not-found", "No guest of that id is attached."),
+                409: ("not-resolvable", "It is not paused, or the destination has said that it runs there."),
+                413: ("request-too-large", "The body."),
+                415: ("media-type", "The body is not declared as application/json."),
+                422: ("request-invalid", "The path, or the body."),
+            }
+        ),
+    )
+    async def resolve(guest_id: str, request: ResolveRequest) -> GuestInfo:
+        """For a guest of which it cannot be learned whether its destination has resumed it. Whoever decides answers for
+        it: no guest may run at two places."""
+        return guest_info(daemon, daemon.resolve(guest_id, here=request.runs == "here"))

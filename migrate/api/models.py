@@ -102,6 +102,15 @@ class MigrateRequest(BaseModel):
         return PrecopyPolicy(rounds, self.max_rounds, self.max_stale_bytes, self.deadline_seconds)
 
 
+class ResolveRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"runs": "here"}]})
+
+    runs: Annotated[
+        Literal["here", "there"],
+        Field(description="here: it is resumed here. there: what is here is let go of, pages still to be sent with it."),
+    ]
+
+
 class RecoverRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra={"examples": [{"destination": "127.0.0.1:7642"}]})
 

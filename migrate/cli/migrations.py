@@ -1,4 +1,4 @@
-"""``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``: an operator's commands."""
+"""An operator's: ``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``, ``resolve``."""
 
 import json
 import sys
@@ -29,6 +29,7 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command()(limit)
     app.command()(cancel)
     app.command()(recover)
+    app.command()(resolve)
 
 
 def migrate(
@@ -247,3 +248,18 @@ def recover(
     with DaemonClient(runtime_dir_of(daemon)) as client:
         now = client.recover(migration, to)
     typer.echo(now.model_dump_json(indent=2) if as_json else f"dialling {now.peer}: guest {now.guest_id} waits for its pages")
+
+
+def resolve(
+    guest: Annotated[str, typer.Argument(help="Its id at the daemon where it is paused.")],
+    here: Annotated[
+        bool, typer.Option("--here/--there", help="It runs on at this daemon; or elsewhere: what is here is let go of.")
+    ],
+    daemon: DaemonOption = "source",
+    as_json: JsonOption = False,
+) -> None:
+    """Decide where a paused guest runs, when it cannot be learned: make sure first that it runs nowhere else."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        now = client.resolve(guest, here=here)
+    done = "runs on here" if here else "is let go of: it runs elsewhere"
+    typer.echo(json.dumps(now, indent=2) if as_json else f"guest {guest} {done}")

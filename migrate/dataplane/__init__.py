@@ -3,6 +3,7 @@
 Loops block with the GIL released, each on a thread of its own (``LoopThread``), never on asyncio's executor.
 """
 
+import errno
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,17 @@ def discard(region: MemoryRegion, page_index: int, page_count: int) -> None:
         raise DataPlaneError("discard", expected="a hole in the memory file", got=errno_text(error_number), code="memory-failed")
 
 
+def own(states_fd: int) -> int | None:
+    """Be the one daemon that writes this guest's memory. None: we are; else the process that is (0: unknown). Raises OSError."""
+    owner = ffi.new("int *")
+    error_number = lib.states_lock(states_fd, owner)
+    if error_number == 0:
+        return None
+    if error_number != errno.EAGAIN:
+        raise OSError(error_number, "F_SETLK of page states")
+    return int(owner[0])
+
+
 def prefer_latency() -> None:
     """This thread answers others: ask the scheduler for short slices (schedule.c)."""
     lib.schedule_soon()
@@ -231,6 +243,19 @@ class DestinationPlane(_Plane):
     def next_epoch(self) -> None:
         """Once every loop has returned: they may begin anew, with other connections."""
         lib.destination_next_epoch(self._pointer)
+
+    @property
+    def states_fd(self) -> int:
+        """The page states, for the guest to keep; borrowed."""
+        return int(lib.destination_states_fd(self._pointer))
+
+    def restore(self, states_fd: int) -> LoopResult:
+        """On a new plane: what the states of an earlier life say. The guest must keep ours before a loop begins."""
+        return self._run("restore", lib.destination_restore, states_fd)
+
+    def wake(self) -> None:
+        """Whoever waits for a page faults anew."""
+        lib.destination_wake(self._pointer)
 
     @property
     def settled(self) -> bool:
@@ -332,6 +357,10 @@ class SourcePlane(_Plane):
     def open(self) -> None:
         """The guest is paused for good: its pages are final and may be sent (P2)."""
         lib.source_open(self._pointer)
+
+    def restarted(self) -> None:
+        """On a new plane of a guest that an earlier daemon had paused: nothing is known of what it precopied."""
+        lib.source_restarted(self._pointer)
 
     def next_epoch(self, *, settled: bool) -> None:
         """Once every loop has returned: they may begin anew. ``settled``: as the destination says of itself."""

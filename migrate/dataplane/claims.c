@@ -245,6 +245,13 @@ bool claims_discard(struct destination *destination, const struct region *region
     return true;
 }
 
+void claims_restore(struct claims *claims, const struct region *region, uint64_t page_index)
+{
+    for (uint64_t i = 0; i < region->page_chunks; i++)
+        atomic_store_explicit(&claims->chunk[region->first_chunk + page_index * region->page_chunks + i], CHUNK_IN_FILE, memory_order_relaxed);
+    atomic_store_explicit(&claims->page[region->first_large + page_index], region->page_chunks * ONE_FILLED, memory_order_relaxed);
+}
+
 static void forget_what_is_on_its_way(struct destination *destination, const struct region *region)
 {
     for (uint64_t i = 0; region->page_chunks > 0 && i < region->page_count; i++) {

@@ -54,6 +54,8 @@ bool claims_take_one(struct destination *destination, const struct region *regio
 /* While no loop runs: chunks that are in place stay, what is missing of their pages is lacking, or asked for by who waits; each may come
  * once more by each path. */
 void claims_next_epoch(struct destination *destination);
+/* Of a daemon's earlier life: nothing is known of this page's chunks but that the file may hold something of each. */
+void claims_restore(struct claims *claims, const struct region *region, uint64_t page_index);
 /* The guest has discarded these pages. punch: not by itself, or too early. */
 bool claims_discard(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count, bool punch,
                     struct loop_result *result);

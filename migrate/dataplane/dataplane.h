@@ -83,6 +83,7 @@ enum fault_kind {
     X(settled_ns)                   /* CLOCK_MONOTONIC: the stale set has been applied */ \
     X(pages_removed)                /* discarded by the guest before they had come */ \
     X(removes)                      /* REMOVE events read */                \
+    X(pages_restored)               /* final already when a daemon took the guest back (destination_restore) */ \
     X(pages_final)                  /* present, mapped, zero or removed */  \
     X(requests_sent) X(requests_outstanding)                                \
     X(wakes)                        /* EEXIST: mapped already, woken */     \
@@ -135,6 +136,17 @@ void destination_back(struct destination *destination, struct loop_result *resul
 /* When every loop has returned because a connection was lost: the same loops may begin anew, with other connections or (the fault
  * loop) none. */
 void destination_next_epoch(struct destination *destination);
+/* The memfd of the page states, one byte a page, borrowed: the guest keeps it, and brings it back to a daemon that has been started
+ * anew. It has none but this process's mapping that can write. */
+int destination_states_fd(const struct destination *destination);
+/* On a plane just created, instead of a first epoch: what an earlier daemon's states say, every byte of which may be anything. Then the guest gets
+ * destination_states_fd, before a loop begins. LOOP_FINISHED, or what is wrong. */
+void destination_restore(struct destination *destination, int states_fd, struct loop_result *result);
+/* After that: whoever waits for a page faults anew, since that he did may have been read by a daemon that is gone. */
+void destination_wake(struct destination *destination);
+/* Be the one process that writes the guest's memory, for as long as states_fd or any other descriptor of the file is not closed here.
+ * 0, or EAGAIN: *owner_pid is (0: unknown), or an errno. */
+int states_lock(int states_fd, int *owner_pid);
 /* There was no precopy, or its stale set has been applied: the source need not tell it again. */
 bool destination_is_settled(const struct destination *destination);
 
@@ -210,6 +222,8 @@ void precopy_end(struct source *source, int bulk_socket, struct loop_result *res
 /* The guest has discarded these pages: a hole in the file. Scans are blind to that, so whatever has been sent of them is stale. */
 void source_discarded(struct source *source, uint32_t region, uint64_t page_index, uint64_t page_count);
 
+/* On a source just created for a guest that an earlier daemon had paused: what it knew of precopy is lost. */
+void source_restarted(struct source *source);
 /* When every loop has returned because a connection was lost: they may begin anew, with other connections. The destination says by
  * bulk what it lacks; settled: as destination_is_settled. */
 void source_next_epoch(struct source *source, bool settled);

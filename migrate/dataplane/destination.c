@@ -26,6 +26,7 @@ struct destination *destination_create(const struct memory_region *regions, uint
         return NULL;
     }
     destination->userfaultfd = userfaultfd;
+    destination->states_fd = -1;
     destination->streams = 1;
     atomic_init(&destination->map_steer, STEER_NONE);
     atomic_init(&destination->bulk_next, STEER_NONE);
@@ -40,13 +41,11 @@ struct destination *destination_create(const struct memory_region *regions, uint
     if (*error_number == 0)
         *error_number = memory_map_aliases(&destination->memory);
     if (*error_number == 0) {
-        destination->state = calloc(destination->memory.page_total, sizeof(*destination->state));
         destination->copies = calloc(destination->memory.page_total, sizeof(*destination->copies));
-        if (!destination->state || !destination->copies)
-            *error_number = ENOMEM;
-        else
-            *error_number = claims_init(&destination->claims, &destination->memory);
+        *error_number = destination->copies ? claims_init(&destination->claims, &destination->memory) : ENOMEM;
     }
+    if (*error_number == 0)
+        *error_number = states_init(destination);
     if (*error_number == 0)
         return destination;
     destination_destroy(destination);
@@ -55,12 +54,12 @@ struct destination *destination_create(const struct memory_region *regions, uint
 
 void destination_destroy(struct destination *destination)
 {
+    states_deinit(destination);
     memory_deinit(&destination->memory);
     int descriptors[] = {destination->stop_fd, destination->final_fd, destination->marked_fd, destination->open_fd, destination->judged_fd};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
-    free((void *)destination->state);
     free((void *)destination->copies);
     claims_deinit(&destination->claims);
     free(destination);

@@ -29,6 +29,7 @@ struct destination {
     uint32_t streams; /* bulk connections */
     _Atomic uint32_t marks; /* that have come */
     uint64_t poll_ns; /* how long the fault loop looks before it sleeps, at most */
+    int states_fd; /* of the memfd in which state lies: the guest keeps it (restore.c) */
     page_byte *state;
     struct claims claims; /* of pages that come in chunks */
     _Atomic uint8_t *copies;
@@ -45,6 +46,10 @@ struct destination {
     DESTINATION_COUNTERS(X)
 #undef X
 };
+
+/* The page states, all ABSENT, locked for this process. 0 or an errno. */
+int states_init(struct destination *destination);
+void states_deinit(struct destination *destination);
 
 /* Bring one frame's pages, or its zeroes, to where faults end. False: result says why. */
 bool destination_take_pages(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,

@@ -32,6 +32,11 @@ bool destination_is_settled(const struct destination *destination)
     return !precopied || atomic_load_explicit(&destination->settled_ns, memory_order_relaxed) != 0;
 }
 
+void source_restarted(struct source *source)
+{
+    source->all_stale = true;
+}
+
 void source_next_epoch(struct source *source, bool settled)
 {
     drain(source->stop_fd);

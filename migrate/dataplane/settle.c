@@ -13,13 +13,13 @@
 static bool is_stale(const void *of, uint64_t page)
 {
     const struct source *source = of;
-    return atomic_load_explicit(&source->pending[page], memory_order_relaxed);
+    return source->all_stale || atomic_load_explicit(&source->pending[page], memory_order_relaxed);
 }
 
 /* Once: the guest stays paused, and what was found is kept for the next epoch. */
 static void find_stale(struct source *source)
 {
-    if (source->stale_is_found)
+    if (source->stale_is_found || source->all_stale)
         return;
     source->stale_is_found = true;
     uint64_t newly = atomic_load_explicit(&source->pages_pending, memory_order_relaxed); /* discarded since they were sent */
@@ -86,7 +86,7 @@ static bool receive_lacks(struct source *source, struct channel *channel, struct
 
 bool source_settle(struct source *source, struct channel *channel, struct loop_result *result)
 {
-    if (source->pagemap_fd >= 0 && !source->stale_is_known) {
+    if ((source->pagemap_fd >= 0 || source->all_stale) && !source->stale_is_known) {
         find_stale(source);
         if (!verdict_send(channel, &source->memory, FRAME_STALE, is_stale, source, source->stop_fd, result))
             return false;

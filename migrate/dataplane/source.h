@@ -22,6 +22,7 @@ struct source {
     _Atomic uint8_t *pending; /* precopy, one byte a page: to be sent in this round; after the pause: stale */
     bool recovering;        /* a connection has been lost: not the first epoch (epoch.c) */
     bool stale_is_found;    /* the last scan has been made */
+    bool all_stale;         /* nothing is known of precopy any more: every page that is held there (source_restarted) */
     bool stale_is_known;    /* and the destination has applied what it found */
     struct paced paced;     /* bulk and precopy, over all their connections */
     _Atomic bool streaming; /* bulk sends: what nobody has asked for may go out */

@@ -3,6 +3,9 @@
 One thread, plain blocking sockets, never touches guest memory. It serves one daemon connection at a time. The duplicate
 of the userfaultfd stays open here until the daemon says ``complete``: with the last descriptor gone, absent pages would
 read as zeroes (P3). After ``released`` the guest may offer itself again with new descriptors, as a waiting guest.
+
+A daemon that is lost amid a migration can come back (P6): the guest attaches again and says where it stands, paused or resumed
+here, with all descriptors, the page states among them. All that the old connection brought has been read by then.
 """
 
 import contextlib
@@ -31,6 +34,7 @@ from proto.messages import (
     GuestRegion,
     GuestReleased,
     Hello,
+    Keep,
     Message,
     Pause,
     Paused,
@@ -132,6 +136,9 @@ class Agent:
         self._machine_kind, self._wake_ms = machine_kind, wake_ms
         self._discards_told = 0  # and not answered
         self.userfaultfd = memory.register(remove_events=remove_means is not None) if role is GuestRole.WAITING else -1
+        self._states_fd = -1  # page states: the daemon's, kept for the next one
+        self._passed: list[int] = []  # descriptors that came along and nobody has taken
+        self._unanswered: list[Discard] = []
         self._epoch: int | None = None
         self._paused = False
         self._machine_events = select.poll()
@@ -145,6 +152,7 @@ class Agent:
             GuestPrepare: self._prepare,
             Track: self._track,
             Untrack: self._untrack,
+            Keep: self._keep,
             Pause: self._pause,
             Resume: self._resume,
             Discarded: self._discarded,
@@ -159,7 +167,9 @@ class Agent:
         self._end_tracking()  # of a daemon that is gone
         self._discards_told = 0
         self._decoder = guest_decoder()
-        role: Literal["waiting", "running"] = "waiting" if self.role is GuestRole.WAITING else "running"
+        self._close_passed()
+        role = self._role_said
+        states = [self._states_fd] if self._states_fd >= 0 and role in ("waiting", "arriving") else []
         hello = Hello(
             major=PROTOCOL_MAJOR,
             minor=PROTOCOL_MINOR,
@@ -171,9 +181,11 @@ class Agent:
             machine=self._machine_kind,
             wake_ms=self._wake_ms,
             declares=self._declares,
-            offers=["tracking"],  # also of a waiting guest: once it is whole it can be moved on
+            offers=["tracking", "keep"],  # also of a waiting guest: once it is whole it can be moved on
+            page_states=bool(states),
+            epoch=self._epoch if role == "arriving" else None,
         )
-        descriptors = self.memory.files + ([self.userfaultfd] if role == "waiting" else [])
+        descriptors = [*self.memory.files, *([self.userfaultfd] if role in ("waiting", "arriving") else []), *states]
         data = encode(hello)
         sent_bytes = socket.send_fds(self._socket, [data], descriptors)
         if sent_bytes < len(data):  # sending nothing at all is EPIPE when the daemon has refused already: then its answer is lost
@@ -185,6 +197,24 @@ class Agent:
             raise ProtocolError(
                 "message-unexpected", "answer to hello", expected="welcome or refused", got=answer.__class__.__name__
             )
+        self._tell_again()
+
+    @property
+    def _role_said(self) -> Literal["waiting", "running", "paused", "arriving"]:
+        if self.role is GuestRole.RUNNING:
+            return "paused" if self._paused else "running"
+        return "waiting" if self.role is GuestRole.WAITING else "arriving"
+
+    def _tell_again(self) -> None:
+        """A guest that arrives leaves pages alone until somebody has said that they are zero."""
+        if self.role is GuestRole.ARRIVING:
+            self._discards_told = len(self._unanswered)
+            for message in self._unanswered:
+                self._send(message)
+        elif self._unanswered:  # whole here: it has discarded them itself
+            self._unanswered.clear()
+            self.machine.discards()
+            self.machine.discarded()
 
     def run(self) -> None:
         """Serve the daemon until the guest departs (role DEPARTED), or the connection ends (role as it is then)."""
@@ -206,12 +236,13 @@ class Agent:
 
     @property
     def undecided(self) -> bool:
-        """Without its daemon it must neither run nor be offered again: its memory is still arriving, or it was paused and
-        may have been resumed at a destination (P4)."""
-        return self.role is GuestRole.ARRIVING or (self.role is GuestRole.RUNNING and self._paused)
+        """Its memory is still arriving, and its daemon has not given it the page states: no other one can go on."""
+        return self.role is GuestRole.ARRIVING and self._states_fd < 0
 
     def close(self) -> None:
         self._end_tracking()
+        self._close_states()
+        self._close_passed()
         if self.userfaultfd >= 0:
             os.close(self.userfaultfd)
             self.userfaultfd = -1
@@ -221,11 +252,28 @@ class Agent:
             self._tracking.close()
             self._tracking = None
 
+    def _close_states(self) -> None:
+        if self._states_fd >= 0:
+            os.close(self._states_fd)
+            self._states_fd = -1
+
+    def _close_passed(self) -> None:
+        for descriptor in self._passed:
+            os.close(descriptor)
+        self._passed.clear()
+
+    def _receive(self) -> bytes:
+        """What the daemon says; what it passes is kept for the message that takes it."""
+        assert self._socket is not None
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+        self._passed += descriptors
+        return data
+
     def _receive_some(self) -> list[Message]:
         """At least one; what came with the answer to hello is served first thing by ``run``."""
         assert self._socket is not None
         while True:
-            data = self._socket.recv(1 << 16)
+            data = self._receive()
             if not data:
                 raise PostcopyError("daemon", expected="an answer to hello", got="end of connection", code="connection-lost")
             if messages := self._decoder.feed(data):
@@ -234,7 +282,7 @@ class Agent:
     def _serve_daemon(self) -> bool:
         assert self._socket is not None
         try:
-            data = self._socket.recv(1 << 16)
+            data = self._receive()
         except ConnectionError:
             data = b""
         if not data:
@@ -271,10 +319,12 @@ class Agent:
     def _tell_discards(self) -> None:
         if (message := self.machine.discards()) is not None:
             self._discards_told += 1
+            self._unanswered.append(message)
             self._send(message)
 
     def _discarded(self, _: Discarded) -> None:
         self._discards_told -= 1
+        del self._unanswered[:1]
         if self._discards_told == 0:
             self.machine.discarded()
             self._tell_discards()
@@ -318,6 +368,12 @@ class Agent:
             return
         with contextlib.suppress(ConnectionError):  # as in _send
             socket.send_fds(self._socket, [encode(Tracking())], [self._tracking.pagemap_fd])
+
+    def _keep(self, _: Keep) -> None:
+        """The page states of the migration that is next, or goes on."""
+        if self._passed:
+            self._close_states()
+            self._states_fd = self._passed.pop(0)
 
     def _untrack(self, _: Untrack) -> None:
         self._end_tracking()

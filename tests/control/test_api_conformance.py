@@ -47,6 +47,7 @@ WANTED = {
     "cancelMigration": {404, 409},
     "limitMigration": {404, 409, 422},
     "recoverMigration": {404, 409, 422},
+    "resolveGuest": {404, 409, 422},
     "getMigrationLatency": {200, 404},
     "streamEvents": {200, 422},
     "streamMigrationEvents": {200, 404, 422},

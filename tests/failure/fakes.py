@@ -28,6 +28,7 @@ from proto.messages import (
     GuestRegion,
     Heartbeat,
     Hello,
+    Keep,
     Message,
     Offer,
     OfferedRegion,
@@ -208,7 +209,10 @@ class FakeSource:
 
     def attach(self) -> None:
         """Offered, accepted, urgent and as many of bulk as were accepted connected, ready."""
-        streams = self.offer().streams
+        self.attach_accepted(self.offer().streams)
+
+    def attach_accepted(self, streams: int) -> None:
+        """The rest of it, once it has been accepted."""
         self.urgent, answer = self.dial(ConnectionKind.URGENT, token=self.token)
         assert answer.code is AnswerCode.WELCOME
         self.bulks = []
@@ -222,12 +226,18 @@ class FakeSource:
     def prepare(self, guest: "FakeGuest | None" = None) -> None:
         """``guest``: the one that waits, when it is a fake too and has to answer."""
         self.attach()
+        self.prepare_attached(guest)
+
+    def prepare_attached(self, guest: "FakeGuest | None") -> None:
         self.control.beside = guest
         self.control.send(Prepare(clock_offset_ns=0, clock_uncertainty_ns=0))
         self.control.receive(Prepared)
 
     def switch_over(self, guest: "FakeGuest | None" = None, state: bytes = b"a state", epoch: int = 0) -> None:
         self.prepare(guest)
+        self.say_switchover(state, epoch)
+
+    def say_switchover(self, state: bytes = b"a state", epoch: int = 0) -> None:
         self.control.send(Switchover(epoch=epoch, state=state, last_step_ns=monotonic_ns()))
 
     def until_running(self, guest: "FakeGuest", state: bytes = b"a state") -> None:
@@ -378,13 +388,15 @@ class FakeGuest:
         self.guest_id, self.role = guest_id, role
         self.userfaultfd = self.memory.register() if role == "waiting" else -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self._older: list[socket.socket] = []
         self.connection = Connection(self._socket, guest_decoder())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._socket.close()
+        for sock in (self._socket, *self._older):
+            sock.close()
         if self.userfaultfd >= 0:
             os.close(self.userfaultfd)
         self.memory.close()
@@ -421,6 +433,22 @@ class FakeGuest:
         self.send(encode(self.hello()), self.descriptors())
         self.connection.receive(Welcome)
         return self
+
+    def receive_kept(self) -> int:
+        """``keep``, and what came with it: the caller closes it."""
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
+        (message,) = guest_decoder().feed(data)
+        assert isinstance(message, Keep), message
+        return descriptors[0]
+
+    def connect_again(self, socket_path: Path, descriptors: Sequence[int] = (), **hello: object) -> Message:
+        """To another daemon, or one started anew, while the old connection stands: its answer."""
+        self._older.append(self._socket)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.connection = Connection(self._socket, guest_decoder())
+        self.connect(socket_path)
+        self.send(encode(self.hello(**hello)), [*self.descriptors(), *descriptors])
+        return self.connection.receive(Welcome, Refused)
 
     def answer_prepare(self) -> bool:
         """Take one message: answer it if it is ``prepare``, else keep it for later. False when nothing more is to be expected."""

@@ -87,7 +87,7 @@ LIES: dict[str, tuple[Callable[[FakeGuest], Lie], str, tuple[str, ...]]] = {
     "no descriptors": (lambda g: Lie(encode(g.hello()), []), "guest-refused", ("2: 1 memory files and a userfaultfd", "got 0")),
     "no userfaultfd": (lambda g: Lie(encode(g.hello()), g.memory.files), "guest-refused", ("expected 2", "got 1")),
     "one too many": (lambda g: Lie(encode(g.hello()), [*g.descriptors(), 0]), "guest-refused", ("expected 2", "got 3")),
-    "seventy": (lambda g: Lie(encode(g.hello()), g.memory.files * 70), "guest-refused", ("descriptors", "<= 65", "more")),
+    "seventy": (lambda g: Lie(encode(g.hello()), g.memory.files * 70), "guest-refused", ("descriptors", "<= 66", "more")),
     "a file as userfaultfd": (
         lambda g: Lie(encode(g.hello()), [g.memory.files[0], g.memory.files[0]]),
         "userfaultfd-refused",

@@ -24,6 +24,7 @@ MAINS = (
     "precopy-main",
     "discard-main",
     "chunks-main",
+    "restore-main",
     "pacer-main",
     "tls-main",
     "workload-main",
@@ -129,6 +130,19 @@ def test_large_pages_in_pieces(programs: Path) -> None:
     """In any order, by two connections at once, cut, discarded when half is here, and a small page asked for between."""
     scenarios = ["scattered", "cut", "bad-pieces", "discards", "between"]
     assert run_main(programs / "chunks-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd")
+def test_restoring(programs: Path) -> None:
+    """Page states of an earlier life, of which every byte is random."""
+    assert run_main(programs / "restore-main", "1", "6") == ["restore: held"]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.requires("uffd", "hugetlb")
+def test_restoring_on_hugetlbfs(programs: Path) -> None:
+    assert run_main(programs / "restore-main", "1", "2", "hugetlb") == ["restore: held"]
 
 
 @pytest.mark.timeout(180)

@@ -72,6 +72,7 @@ GUEST: dict[str, dict[str, Any]] = {
     "hello": {
         "major": 1, "minor": 0, "guest_id": "g", "role": "waiting", "regions": [GUEST_REGION], "memory_files": 1,
         "offers": [], "declares": [], "remove_means": "zero", "machine": "M 1", "wake_ms": 30,
+        "page_states": True, "epoch": 3,
     },
     "welcome": {"major": 1, "minor": 0, "software": "postcopy 0.1"},
     "refused": CONTROL["refused"],
@@ -81,6 +82,7 @@ GUEST: dict[str, dict[str, Any]] = {
     "tracking": {},
     "track_failed": {"reason": "ENOSYS"},
     "untrack": {},
+    "keep": {},
     "pause": {"deadline_ms": 100},
     "paused": {"state": STATE, "last_step_ns": 9},
     "pause_failed": {"reason": "busy"},
@@ -134,7 +136,9 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ),
     ("control", "cancel", "reason", ["", "x" * 2000], ["x" * 2001]),
     ("guest", "hello", "major", [0, 65535], [-1, 65536]),
-    ("guest", "hello", "role", ["running", "waiting"], ["paused", None]),
+    ("guest", "hello", "role", ["running", "waiting", "paused", "arriving"], ["", "departed", None]),
+    ("guest", "hello", "page_states", [True, False], [0, 1, None]),
+    ("guest", "hello", "epoch", [None, 0, (1 << 32) - 1], [-1, 1 << 32, True]),
     ("guest", "hello", "regions", [[GUEST_REGION] * 64], [[], [GUEST_REGION] * 65, [{**GUEST_REGION, "memory_file": 1}]]),
     ("guest", "hello", "memory_files", [1, 64], [0, 65]),
     ("guest", "hello", "offers", [[], ["a"] * 32], [["a"] * 33, [""], "a"]),
@@ -212,7 +216,8 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
             "remove_means",
             "machine",
             "wake_ms",
-        ):  # optional
+            "page_states",
+        ) or (name, field) == ("hello", "epoch"):  # optional
             decoder(side).feed(wire(body))
             continue
         missing = refusal(side, wire(body))

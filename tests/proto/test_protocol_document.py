@@ -75,7 +75,8 @@ CONTROL = [
 ]  # fmt: skip
 GUEST = [
     messages.Hello, messages.Welcome, messages.Refused, messages.GuestPrepare, messages.GuestPrepared, messages.Track,
-    messages.Tracking, messages.TrackFailed, messages.Untrack, messages.Pause, messages.Paused, messages.PauseFailed,
+    messages.Tracking, messages.TrackFailed, messages.Untrack, messages.Keep, messages.Pause, messages.Paused,
+    messages.PauseFailed,
     messages.Resume, messages.ResumeFailed, messages.Running, messages.Stepped, messages.Discard, messages.Discarded,
     messages.GuestComplete, messages.GuestReleased, messages.GuestFailed,
 ]  # fmt: skip

@@ -124,7 +124,7 @@ def _live(options: KvmOptions, role: GuestRole) -> None:
             say("waiting" if agent.role is GuestRole.WAITING else "started")
             agent.run()
             if agent.undecided:
-                log.error("the daemon is gone amid a migration: this guest stays as it is", role=str(agent.role))
+                log.error("the daemon is gone, and the page states with it: this guest stays as it is", role=str(agent.role))
                 os.read(os.eventfd(0), 8)  # nothing can be decided from here; stay, holding memory and userfaultfd
     finally:
         guest.kvm.close()

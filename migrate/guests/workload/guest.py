@@ -159,9 +159,10 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
             say("waiting" if agent.role is GuestRole.WAITING else "started")
             agent.run()
             if agent.undecided:
-                log.error("the daemon is gone amid a migration: this guest stays as it is", role=str(agent.role))
+                log.error("the daemon is gone, and the page states with it: this guest stays as it is", role=str(agent.role))
                 os.read(os.eventfd(0), 8)  # nothing can be decided from here; stay, holding memory and userfaultfd
-            machine.detached()
+            if agent.role is not GuestRole.ARRIVING:  # who waits for an answer there gets it from the next daemon
+                machine.detached()
     finally:
         machine.workload.close()
         agent.close()

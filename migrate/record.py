@@ -1,0 +1,133 @@
+"""What a daemon must still know of a migration when it has been killed: one small file each, in its runtime directory, or in
+``STATE_DIRECTORY`` where a service manager gives it one, since that may take the runtime directory away between two lives.
+
+Written before the act that it describes, so that after any death the file says at least as much as has happened (P4, P6):
+
+- at the source ``may_run_there`` is recorded before ``switchover`` is sent, at the destination before ``resume``. Where it is
+  not recorded the act has not happened: the source resumes its guest, the destination never will.
+- ``ran_there``, at the source, once the destination has said so: then no person may decide otherwise.
+- ``verdict`` is recorded before it is said: ``aborted``, this guest is never resumed there in that epoch; ``complete``, it is
+  whole there.
+
+The two writes that fall into a downtime are prepared before it (``stage``): one rename(2) is left (``commit``). Nothing is
+synced: what survives a power cut is no guest either, and a record of another boot is dropped. The files are 0600, for they hold
+the migration's token.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import structlog
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from proto.messages import STREAMS_MAX
+from proto.states import Role
+
+log = structlog.get_logger("postcopy.record")
+FOLDER = "migrations"
+VERDICTS_KEPT = 64
+"""Of earlier lives, for a peer that never asked."""
+
+
+def boot_id() -> str:
+    """An inode number means nothing after a reboot."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def folder_of(runtime_dir: Path) -> Path:
+    state_directories = os.environ.get("STATE_DIRECTORY", "")
+    return (Path(state_directories.split(":")[0]) if state_directories else runtime_dir) / FOLDER
+
+
+class Record(BaseModel):
+    """``files``: (device, inode) of the guest's memory files, by which it is known when it attaches again."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    boot_id: str = Field(default_factory=boot_id)
+    role: Role
+    migration_id: str = Field(pattern="^[0-9a-f]{32}$")
+    guest_id: str
+    files: list[tuple[int, int]]
+    peer: str
+    token: str = Field(pattern="^[0-9a-f]{32}$", repr=False)
+    epoch: int = Field(ge=0, lt=1 << 32)
+    streams: int = Field(ge=1, le=STREAMS_MAX)
+    bulk: bool = True
+    precopy: bool = False
+    may_run_there: bool = False
+    ran_there: bool = False
+    verdict: Literal["", "aborted", "complete"] = ""
+
+
+class RecordBook:
+    """The records of one daemon. Without a directory it keeps none. Raises OSError for what cannot be written: no act follows."""
+
+    def __init__(self, runtime_dir: Path | None = None) -> None:
+        self._folder = None if runtime_dir is None else folder_of(runtime_dir)
+        self.earlier: dict[str, Record] = {}
+        """Of lives before this one, by migration, until somebody goes on with them."""
+
+    def open(self) -> None:
+        """At the start: read what earlier lives have left; what they had only staged has not happened."""
+        if self._folder is None:
+            return
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        found = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for path in found:
+            if path.suffix != ".json":
+                path.unlink()
+                continue
+            try:
+                record = Record.model_validate_json(path.read_bytes())
+            except (ValidationError, UnicodeDecodeError) as error:
+                log.error("record that cannot be read: left as it is", path=str(path), reason=type(error).__name__)
+                continue
+            if record.boot_id != boot_id():
+                path.unlink()
+                continue
+            self.earlier[record.migration_id] = record
+        decided = [record.migration_id for record in self.earlier.values() if record.verdict]
+        for migration_id in decided[: max(0, len(decided) - VERDICTS_KEPT)]:
+            self.remove(migration_id)
+
+    def close(self) -> None:
+        """At the end: nothing is left behind of a daemon that has nothing to go on with."""
+        if self._folder is not None:
+            with contextlib.suppress(OSError):  # records, or another's doing
+                self._folder.rmdir()
+
+    def write(self, record: Record) -> None:
+        self.stage(record)
+        self.commit(record.migration_id)
+
+    def stage(self, record: Record) -> None:
+        """All but the rename."""
+        if self._folder is None:
+            return
+        path = self._folder / f"{record.migration_id}.next"
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(record.model_dump_json().encode())
+
+    def commit(self, migration_id: str) -> None:
+        """What is staged holds from here on."""
+        if self._folder is not None:
+            os.rename(self._folder / f"{migration_id}.next", self._folder / f"{migration_id}.json")
+
+    def remove(self, migration_id: str) -> None:
+        """Nothing hangs on it any more. Safe for a migration of which there is none."""
+        self.earlier.pop(migration_id, None)
+        if self._folder is not None:
+            for suffix in ("next", "json"):
+                (self._folder / f"{migration_id}.{suffix}").unlink(missing_ok=True)
+
+    def of_guest(self, role: Role, guest_id: str, files: Iterable[tuple[int, int]]) -> Record | None:
+        """Of an earlier life, the newest; by the guest's memory files: a name alone says nothing."""
+        wanted = list(files)
+        newest_first = reversed(self.earlier.values())
+        return next((one for one in newest_first if (one.role, one.guest_id, one.files) == (role, guest_id, wanted)), None)
