@@ -79,6 +79,10 @@ class DaemonClient:
         body = {"destination": destination}
         return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/recover", body))
 
+    def abandon(self, migration_id: str) -> MigrationStatus:
+        """At the destination: give up what has not come. There is no way back."""
+        return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/abandon"))
+
     def latency(self, migration_id: str) -> dict[str, Any]:
         return dict(self._call("GET", f"{_path(migration_id)}/latency"))
 

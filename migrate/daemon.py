@@ -129,8 +129,13 @@ class Daemon:
         self.events.append("guest", "", facts)
 
     def migration_of(self, link: GuestLink) -> SourceMigration | DestinationMigration | None:
-        """The migration that has not ended and that this guest is part of."""
-        return next((m for m in self.migrations.values() if m.guest is link and not m.ended), None)
+        """The migration that has not ended, or was abandoned, and that this guest is part of."""
+        return next((m for m in self.migrations.values() if m.guest is link and (not m.ended or self._faults_on(m))), None)
+
+    @staticmethod
+    def _faults_on(migration: SourceMigration | DestinationMigration) -> bool:
+        """Its source was given up, its guest runs on here and needs this daemon for as long as it lives."""
+        return migration.state is State.ABANDONED and migration.guest is not None and not migration.guest.released
 
     def take_waiting(self, offer: Offer) -> GuestLink:
         """A waiting guest that fits: the one of that name, else any. Raises GuestRefusedError saying why none does."""
@@ -230,7 +235,7 @@ class Daemon:
         self._let_go_of_guest(migration)
         ended = [key for key, m in self.migrations.items() if m.settled]
         for key in ended[: max(0, len(ended) - ENDED_MIGRATIONS_KEPT)]:
-            if self.migrations[key].ended:
+            if self.migrations[key].ended and not self._faults_on(self.migrations[key]):
                 del self.migrations[key]
 
     # --- connections ------------------------------------------------------------------------------------------------

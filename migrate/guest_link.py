@@ -74,6 +74,7 @@ class GuestLink:
         self.userfaultfd = -1
         self.pagemap_fd = -1
         self.gone = False
+        self.released = False
         self.failure: str | None = None
         self.on_stepped: Callable[[int], None] | None = None
         self.on_failed: Callable[[PostcopyError], None] | None = None
@@ -324,6 +325,7 @@ class GuestLink:
 
     def release(self) -> None:
         """Close the memory files, the userfaultfd and the pagemap."""
+        self.released = True
         self._close_pagemap()
         for descriptor in self._descriptors:
             with contextlib.suppress(OSError):

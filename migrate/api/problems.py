@@ -19,6 +19,7 @@ STATUS_OF: dict[str, int] = {
     "guest-busy": 409,
     "not-cancellable": 409,
     "not-recoverable": 409,
+    "not-abandonable": 409,
     "not-limitable": 409,
     "listen-refused": 403,
     "daemon-ending": 503,
