@@ -1,8 +1,8 @@
 """The destination's half of a migration: take a waiting guest, resume it, resolve its faults until all pages are here.
 
 A migration that loses a connection after the switchover is PAUSED until the source has made others (recovery.py): the guest
-waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so, and its guest waits
-likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c).
+waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so, its guest
+waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c).
 """
 
 import asyncio
@@ -433,9 +433,9 @@ class DestinationMigration(Arrival):
 
     def _resolve_on(self) -> None:
         """For as long as the guest lives: what is here and was dropped from its page table comes back, what is lost is SIGBUS."""
-        assert self._plane is not None
-        self._plane.next_epoch()
-        self.start_loop("fault", partial(self._plane.fault_loop, -1))
+        if self._plane is not None:
+            self._plane.next_epoch()
+            self.start_loop("fault", partial(self._plane.fault_loop, -1))
 
     def _let_go(self) -> None:
         """Nobody faults any more."""
@@ -559,7 +559,12 @@ class DestinationMigration(Arrival):
             await give_back(self, self._plane, self.guest)
         if self.state is not State.STALLED:  # whose pages are still to come
             self._room.forget(self.migration_id)
-        if self.state in (State.STALLED, State.ABANDONED) and self._plane is not None and self.guest is not None and not self.guest.gone:
+        if (
+            self.state in (State.STALLED, State.ABANDONED)
+            and self._plane is not None
+            and self.guest is not None
+            and not self.guest.gone
+        ):
             self._resolve_on()
         else:
             self._let_go()
@@ -568,4 +573,4 @@ class DestinationMigration(Arrival):
 
 
 def _abandoned(guest_id: str) -> AbandonedError:
-    return AbandonedError(f"guest {guest_id}", expected="its missing pages to come", got="given up by the destination's operator")
+    return AbandonedError(f"guest {guest_id}", expected="its missing pages to come", got="given up by the operator")

@@ -173,7 +173,7 @@ class DaemonCollector(Collector):
         )
         lost = CounterMetricFamily(
             "postcopy_lost_pages",
-            "Pages that a stalled migration left without content here, which the source still has, or that were given up (abandon).",
+            "Pages that a stalled migration left without content here (the source still has them), or that were abandoned.",
             labels=labels,
         )
         reconnects = CounterMetricFamily(

@@ -1,4 +1,4 @@
-"""``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``, ``abandon``: an operator's commands."""
+"""An operator's commands on migrations: ``postcopy migrate``, ``status``, ``limit``, ``cancel``, ``abandon`` and others."""
 
 import json
 import sys
@@ -256,12 +256,14 @@ def abandon(
     daemon: DaemonOption = "destination",
     as_json: JsonOption = False,
 ) -> None:
-    """At the destination: give up the pages that have not come. The guest gets SIGBUS where it touches one; there is no way back."""
+    """At the destination: give up the pages that have not come. A touch of one is SIGBUS; there is no way back."""
     with DaemonClient(runtime_dir_of(daemon)) as client:
         found = client.status(migration)
         if not yes:
             left = found.pages_total - found.pages_done
-            typer.confirm(f"guest {found.guest_id} loses {left} of {found.pages_total} pages for good; go on?", abort=True, err=True)
+            typer.confirm(
+                f"guest {found.guest_id} loses {left} of {found.pages_total} pages for good; go on?", abort=True, err=True
+            )
         now = client.abandon(found.id)
     if as_json:
         typer.echo(now.model_dump_json(indent=2))

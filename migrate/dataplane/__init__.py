@@ -252,7 +252,7 @@ class DestinationPlane(_Plane):
         return bool(lib.destination_can_abandon(self._pointer))
 
     def abandon(self) -> LoopResult:
-        """What has not come never will: a touch of it is SIGBUS from now on. Beside a fault loop without a connection, which stays."""
+        """What has not come never will: a touch of it is SIGBUS from now on. Beside a fault loop, which stays."""
         return self._run("abandon", lib.destination_abandon)
 
     def lost(self, run_max: int) -> tuple[list[LostRun], int]:

@@ -45,6 +45,8 @@ WANTED = {
     "createMigration": {201, 404, 409, 422},
     "getMigration": {200, 404, 422},
     "cancelMigration": {404, 409},
+    "recoverMigration": {404, 409, 422},
+    "abandonMigration": {404, 409},
     "limitMigration": {404, 409, 422},
     "recoverMigration": {404, 409, 422},
     "getMigrationLatency": {200, 404},
