@@ -114,8 +114,10 @@ class DestinationMigration(Arrival):
         except Exception as raised:
             error = self._failed(self.typed(raised))
         finally:
-            await self._close()
-            self.end(error)
+            try:
+                await self._close()
+            finally:  # also when the daemon ends meanwhile
+                self.end(error)
 
     async def _accept(self) -> None:
         offer = await self._control.receive(Offer, deadline_seconds=ATTACH_DEADLINE_SECONDS)
@@ -555,8 +557,13 @@ class DestinationMigration(Arrival):
             self._plane.stop()
             self.join_loops()
             self._summarize()
-        if self.guest is not None and self.state in (State.FAILED, State.CANCELLED, State.ABORTED):
-            await give_back(self, self._plane, self.guest)
+        try:
+            if self.guest is not None and self.state in (State.FAILED, State.CANCELLED, State.ABORTED):
+                await give_back(self, self._plane, self.guest)
+        finally:
+            self._let_all_go()
+
+    def _let_all_go(self) -> None:
         if self.state is not State.STALLED:  # whose pages are still to come
             self._room.forget(self.migration_id)
         if (
