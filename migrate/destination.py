@@ -501,6 +501,12 @@ class DestinationMigration(Arrival):
         if result.reason != "finished":
             raise result.error()
 
+    def give_way(self) -> None:
+        """It has offered nothing yet, and others come."""
+        got = "too many that have offered nothing"
+        self._control.refuse(ProtocolError("busy", "control connection", expected="an offer at once", got=got))
+        self._control.fail(ConnectionLostError("control connection", expected="an offer at once", got=got))
+
     def guest_gone(self) -> None:
         if self.state in (State.STALLED, State.ABANDONED) and self.guest is not None:
             self._let_go()

@@ -42,6 +42,7 @@ log = structlog.get_logger("postcopy.guest")
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 RECEIVE_BYTES = 1 << 16
+UNSENT_BYTES_MAX = 4 << 20  # of answers to a guest that does not read them; a state is less
 
 
 class GuestState(StrEnum):
@@ -107,6 +108,10 @@ class GuestLink:
             return
         self._unsent += encode(message)
         self._writable()
+        if len(self._unsent) > UNSENT_BYTES_MAX:
+            log.warning("guest does not read", guest=self.guest_id, pid=self.pid, unsent_bytes=len(self._unsent))
+            self.failure = "it asks and does not read"
+            self.close()
 
     async def request(self, message: Message, yes: type[_M], no: type[_N], *, deadline_seconds: float) -> _M | _N:
         """Send, and wait for one of the two answers. Raises GuestGoneError, DeadlineError."""
@@ -194,6 +199,8 @@ class GuestLink:
             if flags & socket.MSG_CTRUNC or len(self._descriptors) > REGIONS_MAX + 1:
                 raise GuestRefusedError("descriptors", expected=f"<= {REGIONS_MAX + 1}", got="more")
             for message in self._decoder.feed(data):
+                if self.gone:  # by what the last one led to: its descriptors are closed
+                    return
                 self._take(message)
         except (PostcopyError, ProtocolError) as error:
             log.warning("guest refused", guest=self.guest_id, pid=self.pid, code=error.code, reason=str(error))

@@ -7,6 +7,7 @@ that nobody touches. Whatever was done, the migration ends, typed, and the guest
 
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import socket
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
+import structlog
 
 from migrate import uffd
 from migrate.control import ControlConnection
@@ -39,7 +41,12 @@ PAGES = 8
 PAGE_BYTES = 4096
 DEADLINE_SECONDS = 10.0
 TURNS = 12
-OFFER = {**CONTROL["offer"], "regions": [{"size_bytes": PAGES * PAGE_BYTES, "page_bytes": PAGE_BYTES}], "machine": None, "streams": 1}
+OFFER = {
+    **CONTROL["offer"],
+    "regions": [{"size_bytes": PAGES * PAGE_BYTES, "page_bytes": PAGE_BYTES}],
+    "machine": None,
+    "streams": 1,
+}
 
 
 class Transport(asyncio.Transport):
@@ -201,7 +208,9 @@ class Sequence:
             lambda: self.control.connection_lost(ConnectionResetError("cut")) if dice.random() < 0.5 else self.transport.close(),
             lambda: self.dial(dice.choice((ConnectionKind.URGENT, ConnectionKind.BULK))),
             lambda: self.data(dice.choice(list(ConnectionKind)), dice.randbytes(dice.randint(1, 60))),
-            lambda: self.bulk((Frame(dice.choice(list(FrameKind)), dice.randint(0, 1), dice.randint(0, PAGES), PAGE_BYTES), bytes(9))),
+            lambda: self.bulk(
+                (Frame(dice.choice(list(FrameKind)), dice.randint(0, 1), dice.randint(0, PAGES), PAGE_BYTES), bytes(9))
+            ),
             lambda: [end.close() for end in self.ends.values()] and None,
             lambda: self.migration.guest_gone(),
             lambda: self.guest.on_stepped and self.guest.on_stepped(dice.randint(0, 1 << 62)),
@@ -220,6 +229,7 @@ class Sequence:
 
     async def run(self) -> State:
         task = self.migration.task = asyncio.get_running_loop().create_task(self.migration.run())
+        await asyncio.sleep(0)  # it has begun
         wild = self.dice.choice((0.0, 0.03, 0.1, 0.3))
         for _ in range(self.dice.randint(5, 60)):
             self.anything() if self.dice.random() < wild else self.legal()
@@ -252,6 +262,13 @@ class Sequence:
         if any(isinstance(one, Running | ControlComplete) for one in said):
             assert self.guest.ran == [True]
         assert (migration.state is State.COMPLETE) == (self.guest.state is GuestState.RUNNING)
+
+
+@pytest.fixture(autouse=True)
+def _said_by_thousands() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")
