@@ -304,7 +304,7 @@ class Daemon:
         )
 
     def _make_way(self) -> None:
-        """Of those that have offered nothing yet the oldest goes, when there are too many: as of those that have not said who they are."""
+        """Of those that have offered nothing yet the oldest goes when there are too many (half_open.py)."""
         silent = [m for m in self.migrations.values() if isinstance(m, DestinationMigration) and m.state is State.NEW]
         if len(silent) >= HALF_OPEN_MAX:
             silent[0].give_way()

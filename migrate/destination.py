@@ -108,7 +108,7 @@ class DestinationMigration(Arrival):
             await self._until_whole()
             await self._finish()
         except asyncio.CancelledError:
-            error = self._failed(PostcopyError("the daemon is ending", code="cancelled"))
+            error = self._failed(_ending())
         except AbandonedError as asked:
             error = await self._give_up(asked)
         except Exception as raised:
@@ -420,7 +420,10 @@ class DestinationMigration(Arrival):
         """Beside the fault loop without a connection, which stays: a page that the guest drops is poisoned anew."""
         assert self._plane is not None
         plane = self._plane
-        result = await self.on_own_thread("abandon", plane.abandon)
+        try:
+            result = await self.on_own_thread("abandon", plane.abandon)
+        except asyncio.CancelledError:
+            return self._failed(_ending()) if self.state is State.PAUSED else _ending()
         if result.reason != "finished" or self._plane is None:
             error = result.error()
             return self._failed(error) if self.state is State.PAUSED else error
@@ -587,3 +590,7 @@ class DestinationMigration(Arrival):
 
 def _abandoned(guest_id: str) -> AbandonedError:
     return AbandonedError(f"guest {guest_id}", expected="its missing pages to come", got="given up by the operator")
+
+
+def _ending() -> PostcopyError:
+    return PostcopyError("the daemon is ending", code="cancelled")

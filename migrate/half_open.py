@@ -1,7 +1,7 @@
 """Connections that have not said who they are: bounded, and the oldest gives way to the newest.
 
-Refusing the newest would let whoever holds that many open, silent, keep everybody else out; who means well says who he is within a
-round trip, before that many others have come. A connection leaves with its preamble; what it costs from then on is its migration's.
+Refusing the newest would let whoever holds that many open, silent, keep everybody else out; who means well says who he is
+within a round trip, before that many others have come. A connection leaves with its preamble; from then on it is its migration's.
 """
 
 import asyncio

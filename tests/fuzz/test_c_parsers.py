@@ -1,4 +1,4 @@
-"""The C parsers on bytes that nobody has checked: their corpus, and inputs made of it, under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""The C parsers on bytes that nobody has checked: their corpus, and inputs made of it, under sanitizers.
 
 Guided by coverage, and with 10^6 inputs each, by ``make fuzz``; what that finds goes into corpus/.
 """
