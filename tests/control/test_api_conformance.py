@@ -48,7 +48,6 @@ WANTED = {
     "recoverMigration": {404, 409, 422},
     "abandonMigration": {404, 409},
     "limitMigration": {404, 409, 422},
-    "recoverMigration": {404, 409, 422},
     "getMigrationLatency": {200, 404},
     "streamEvents": {200, 422},
     "streamMigrationEvents": {200, 404, 422},

@@ -1,9 +1,9 @@
 """The destination's state machine, in this process, under sequences of what a source, a guest and the network may do.
 
-A sequence is a seed. Mostly the next legal step is taken, so that all states are reached; now and then anything at all is: a message
-out of order or out of its bounds, garbage, an end of a connection, frames that are wrong, a guest that fails, an operator that gives
-up. The plane is the real one, with memory that nobody touches. Whatever was done, the migration ends, typed, and the guest runs in
-one place (P4).
+A sequence is a seed. Mostly the next legal step is taken, so that all states are reached; now and then anything at all is: a
+message out of order or out of its bounds, garbage, an end of a connection, frames that are wrong, a guest that fails, an operator
+that gives up. The plane is the real one, with memory that nobody touches. Whatever was done, the migration ends, typed, and the
+guest runs in one place (P4).
 """
 
 import asyncio
