@@ -347,6 +347,7 @@ class DestinationMigration(Arrival):
         if self._final.done():
             return
         self._control, self.epoch = again.result()
+        self._connections.close()  # of those that came for the last epoch, late
         self._connections = DataConnections(self.streams)
         self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
         await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)

@@ -42,7 +42,7 @@ log = structlog.get_logger("postcopy.guest")
 _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 RECEIVE_BYTES = 1 << 16
-UNSENT_BYTES_MAX = 4 << 20  # of answers to a guest that does not read them; a state is less
+UNSENT_BYTES_MAX = 1 << 20  # to a guest that does not read; a message with a state is less
 
 
 class GuestState(StrEnum):

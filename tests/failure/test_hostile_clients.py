@@ -193,17 +193,14 @@ def test_guest_that_asks_and_does_not_read(pair: Pair) -> None:
         assert "guest does not read" in pair.destination.log()
 
 
-def test_descriptors_run_out() -> None:
-    """A daemon that may not open one file more says so; what is under way goes on, and it is itself again when there are some."""
-    with Pair() as pair:
-        guest = Commuter(pair, "frugal", "8M", options=("--rate", "2000"))
-        guest.move()
-        daemon = guest.goes_to
-        limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_files(daemon.pid) + 1, limits[1]))
-        silent = [dialled(place_of(daemon.address), b"") for _ in range(8)]
-        until(lambda: "no connection can be accepted" in daemon.log(), "it says so")
-        for sock in silent:
-            sock.close()
-        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
-        assert guest.move().state == "complete"
+def test_descriptors_run_out(guest: Commuter) -> None:
+    """A daemon that may not open one file more says so, and is itself again when it may."""
+    daemon = guest.goes_to
+    limits = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (open_files(daemon.pid) + 1, limits[1]))
+    silent = [dialled(place_of(daemon.address), b"") for _ in range(8)]
+    until(lambda: "no connection can be accepted" in daemon.log(), "it says so")
+    for sock in silent:
+        sock.close()
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, limits)
+    assert guest.move().state == "complete"

@@ -133,12 +133,6 @@ def makes_it_block_after(move: Move) -> None:
     blocks(move)
 
 
-def never_answers_resume(move: Move) -> None:
-    move.here.told_to_pause()
-    paused(move)
-    move.told_to_resume()
-
-
 def goes_when_resumed(move: Move) -> None:
     move.here.told_to_pause()
     paused(move)
@@ -146,7 +140,7 @@ def goes_when_resumed(move: Move) -> None:
     move.there.connection.close()
 
 
-# What it does, its memory at the destination; how that ends at the source and at the destination, with the code of the error there
+# What it does, its memory at the destination; how that ends at the source and at the destination, and the code of the error there
 OUTCOMES: dict[str, tuple[Callable[[Move], None], str, set[str], set[str], set[str | None]]] = {
     "never answers pause": (never_answers_pause, "memfd", {"failed"}, {"aborted"}, {"deadline"}),
     "truncates its file at the source": (
@@ -167,7 +161,6 @@ OUTCOMES: dict[str, tuple[Callable[[Move], None], str, set[str], set[str], set[s
     "punches its file at the destination": (punches_at_the_destination, "memfd", {"complete"}, {"complete"}, {None}),
     "clears O_NONBLOCK before": (makes_it_block_before, "touched", {"failed"}, {"aborted"}, {"userfaultfd-failed"}),
     "clears O_NONBLOCK after": (makes_it_block_after, "touched", {"paused", "stalled"}, {"stalled"}, {"userfaultfd-failed"}),
-    "never answers resume": (never_answers_resume, "memfd", {"paused", "stalled"}, {"stalled"}, {"deadline"}),
     "goes when it is resumed": (goes_when_resumed, "memfd", {"paused", "stalled"}, {"stalled"}, {"guest-gone"}),
 }
 
