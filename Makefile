@@ -11,13 +11,14 @@ SOURCES := meson.build meson.options README.md LICENSE \
   $(shell find migrate proto \( -name __pycache__ -prune \) -o -print) $(shell find tests -name '*.c')
 
 .DEFAULT_GOAL := help
-.PHONY: help system build demo test lint bench sanitize torture guest-image clean
+.PHONY: help system build demo test lint bench sanitize torture fuzz guest-image clean
 
 help:
 	@echo 'make demo      set up and watch a live guest move between two daemons (ARGS="--memory 128M")'
 	@echo 'make test      set up, lint, and run the tests (ARGS="-k name" goes to pytest)'
 	@echo 'make bench     the benchmark beside its floor (ARGS="--check")'
 	@echo 'make torture   the long version of tests/torture, and its table (ARGS="--torture-seed 2")'
+	@echo 'make fuzz      the C parsers under libFuzzer (clang), the state machines under random sequences (RUNS=1000000)'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make sanitize  the C core alone under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make guest-image  the Linux test guest: kernel of Debian, /init of our own, in build/guest/'
@@ -70,6 +71,20 @@ test: lint
 torture: build guest-image
 	@require=$$($(PY) -P -m migrate.host --available) && export POSTCOPY_REQUIRE="$${POSTCOPY_REQUIRE-$$require}" && \
 	  $(PY) -P -m pytest tests/torture --torture $(ARGS)
+
+# Each C parser by itself, guided by coverage; what it finds stays in build-fuzz/ (crash-…), and belongs into tests/fuzz/corpus/.
+# Then a tenth as many sequences of the destination's state machine, and other bytes for the message decoders.
+RUNS ?= 1000000
+FUZZED = $(notdir $(wildcard tests/fuzz/corpus/*))
+fuzz: build
+	@FUZZ=1 PYTHON='$(PYTHON)' sh deploy/system.sh
+	@[ -e build-fuzz/build.ninja ] || CC=clang $(PY) -m mesonbuild.mesonmain setup build-fuzz -Dpython=disabled -Dfuzzer=true -Dwerror=false \
+	  -Db_sanitize=address,undefined -Db_lundef=false
+	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m mesonbuild.mesonmain compile -C build-fuzz $(FUZZED:%=fuzz-%)
+	@set -e; for target in $(FUZZED); do mkdir -p build-fuzz/corpus/$$target; echo "fuzz-$$target: $(RUNS) runs"; \
+	  build-fuzz/fuzz-$$target -runs=$(RUNS) -timeout=20 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build-fuzz/ \
+	  build-fuzz/corpus/$$target tests/fuzz/corpus/$$target; done
+	$(PY) -P -m pytest tests/fuzz --fuzz-runs $(RUNS) $(ARGS)
 
 bench: build guest-image
 	@.venv/bin/postcopy bench $(ARGS)

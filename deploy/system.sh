@@ -57,6 +57,11 @@ command -v systemd-analyze >/dev/null || lacks "systemd-analyze (the tests try t
 for tool in prometheus promtool; do
     command -v "$tool" >/dev/null || { lacks "$tool" prometheus; break; }
 done
+# Coverage-guided fuzzing (make fuzz) alone needs another compiler.
+if [ -n "${FUZZ:-}" ]; then
+    printf 'int LLVMFuzzerTestOneInput(const char *d, long n) { (void)d; return n < 0; }\n' |
+        clang -fsanitize=fuzzer,address -x c -o /dev/null - 2>/dev/null || lacks "clang with libFuzzer" clang 'libclang-rt-14-dev'
+fi
 # The Linux test guest is an x86-64 machine (make guest-image).
 if [ "$(uname -m)" = x86_64 ]; then
     command -v qemu-system-x86_64 >/dev/null || lacks "qemu-system-x86_64" qemu-system-x86

@@ -83,6 +83,10 @@ class DaemonClient:
         """Decide where a paused guest runs, of which it cannot be learned."""
         return dict(self._call("POST", f"/v1/guests/{quote(guest_id, safe='')}/resolve", {"runs": "here" if here else "there"}))
 
+    def abandon(self, migration_id: str) -> MigrationStatus:
+        """At the destination: give up what has not come. There is no way back."""
+        return MigrationStatus.model_validate(self._call("POST", f"{_path(migration_id)}/abandon"))
+
     def latency(self, migration_id: str) -> dict[str, Any]:
         return dict(self._call("GET", f"{_path(migration_id)}/latency"))
 

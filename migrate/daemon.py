@@ -37,9 +37,10 @@ from migrate.errors import (
 from migrate.events import EventLog
 from migrate.greeting import Incoming, incoming
 from migrate.guest_link import GuestLink, GuestState
+from migrate.half_open import HalfOpen
 from migrate.http import HttpServers
 from migrate.metrics import Totals
-from migrate.network import Address, accept, answer, listen, require_explicit, require_loopback, tune
+from migrate.network import Address, accept, listen, require_explicit, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.record import Record, RecordBook
@@ -52,7 +53,7 @@ from migrate.tls import Tls
 from proto.errors import ProtocolError
 from proto.messages import STREAMS_MAX, Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
-from proto.states import AFTER_SWITCHOVER, CANCELLABLE, State
+from proto.states import AFTER_SWITCHOVER, CANCELLABLE, Role, State
 
 log = structlog.get_logger("postcopy.daemon")
 ENDED_MIGRATIONS_KEPT = 64
@@ -98,9 +99,9 @@ class Daemon:
         self._congestion_control, self._socket_group, self._poll_ns = congestion_control, socket_group, poll_ns
         self._streams_max = streams_max
         self._pacing = pacing
-        self._links: set[GuestLink] = set()
+        self._links: dict[GuestLink, None] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
-        self._half_open = 0
+        self._half_open = HalfOpen(HALF_OPEN_MAX)
         self._terminations = 0
 
     # --- guests -----------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ class Daemon:
         return returning.go_on(self, link)
 
     def _guest_gone(self, link: GuestLink) -> None:
-        self._links.discard(link)
+        self._links.pop(link, None)
         if self.guests.get(link.guest_id) is link:
             del self.guests[link.guest_id]
             self._guest_event(link, "detached")
@@ -137,8 +138,13 @@ class Daemon:
         self.events.append("guest", "", facts)
 
     def migration_of(self, link: GuestLink) -> SourceMigration | DestinationMigration | None:
-        """The migration that has not ended and that this guest is part of."""
-        return next((m for m in self.migrations.values() if m.guest is link and not m.ended), None)
+        """The migration that has not ended, or was abandoned, and that this guest is part of."""
+        return next((m for m in self.migrations.values() if m.guest is link and (not m.ended or self._faults_on(m))), None)
+
+    @staticmethod
+    def _faults_on(migration: SourceMigration | DestinationMigration) -> bool:
+        """Its source was given up, its guest runs on here and needs this daemon for as long as it lives."""
+        return migration.state is State.ABANDONED and migration.guest is not None and not migration.guest.released
 
     def take_waiting(self, offer: Offer) -> GuestLink:
         """A waiting guest that fits: the one of that name, else any. Raises GuestRefusedError saying why none does."""
@@ -202,6 +208,7 @@ class Daemon:
                 congestion_control=self._congestion_control,
                 poll_ns=self._poll_ns,
                 pacing=self._pacing,
+                tls=self.tls,
                 record=record,
             )
         )
@@ -285,9 +292,11 @@ class Daemon:
         migration.counted = True
         self._changed.set()
         self._let_go_of_guest(migration)
-        ended = [key for key, m in self.migrations.items() if m.settled]
+        # What nobody ever offered goes first: whoever dials and says nothing is not to push out what was.
+        settled = [(m.role is Role.SOURCE or m.guest is not None, key) for key, m in self.migrations.items() if m.settled]
+        ended = [key for _, key in sorted(settled, key=lambda one: one[0])]
         for key in ended[: max(0, len(ended) - ENDED_MIGRATIONS_KEPT)]:
-            if self.migrations[key].ended:
+            if self.migrations[key].ended and not self._faults_on(self.migrations[key]):
                 del self.migrations[key]
 
     # --- connections ------------------------------------------------------------------------------------------------
@@ -296,13 +305,9 @@ class Daemon:
         loop = asyncio.get_running_loop()
         while True:
             sock, place = await accept(listener)
-            if self._half_open >= HALF_OPEN_MAX:
-                if self.tls is None:
-                    await answer(sock, AnswerCode.BUSY)
-                sock.close()
-                continue
-            self._half_open += 1
-            self._keep(loop.create_task(self._greet_peer(sock, str(Address(*place[:2])))))
+            task = loop.create_task(self._greet_peer(sock, str(Address(*place[:2]))))
+            self._keep(task)
+            self._half_open.admit(task, sock)
 
     async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -310,6 +315,7 @@ class Daemon:
             came = await incoming(sock, self.tls, PREAMBLE_DEADLINE_SECONDS)
             try:
                 preamble = await came.preamble(PREAMBLE_DEADLINE_SECONDS)
+                self._half_open.known()
                 if preamble.kind is ConnectionKind.CONTROL:
                     await self._greet_control(came, preamble, peer)
                 else:
@@ -320,8 +326,9 @@ class Daemon:
         except (ProtocolError, PostcopyError, OSError) as error:
             log.warning("connection refused", peer=peer, reason=str(error))
             sock.close()
-        finally:
-            self._half_open -= 1
+        except asyncio.CancelledError:  # it gave way, or the daemon ends
+            sock.close()
+            raise
 
     async def _greet_control(self, came: Incoming, preamble: Preamble, peer: str) -> None:
         migration_id = preamble.migration_id.hex()
@@ -345,6 +352,7 @@ class Daemon:
         if self.stopping.is_set():
             await came.answer(AnswerCode.BUSY)
             raise ProtocolError("busy", "control connection", expected="none while this daemon is ending", got=migration_id)
+        self._make_way()
         await came.answer(AnswerCode.WELCOME)
         control = await came.control()
         self._start(
@@ -360,6 +368,12 @@ class Daemon:
                 streams_max=self._streams_max,
             )
         )
+
+    def _make_way(self) -> None:
+        """Of those that have offered nothing yet the oldest goes when there are too many (half_open.py)."""
+        silent = [m for m in self.migrations.values() if isinstance(m, DestinationMigration) and m.state is State.NEW]
+        if len(silent) >= HALF_OPEN_MAX:
+            silent[0].give_way()
 
     async def _greet_again(self, came: Incoming, preamble: Preamble, migration: DestinationMigration) -> None:
         """The source of a migration that has lost a connection: whoever has its token is that source."""
@@ -395,7 +409,10 @@ class Daemon:
     async def _accept_guests(self, listener: socket.socket) -> None:
         while True:
             sock, _ = await accept(listener)
-            self._links.add(GuestLink(sock, self._guest_hello, self._guest_gone))
+            strangers = [link for link in self._links if link.hello is None]
+            if len(strangers) >= HALF_OPEN_MAX:
+                strangers[0].close()
+            self._links[GuestLink(sock, self._guest_hello, self._guest_gone)] = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 

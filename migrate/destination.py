@@ -1,7 +1,8 @@
 """The destination's half of a migration: take a waiting guest, resume it, resolve its faults until all pages are here.
 
 A migration that loses a connection after the switchover is PAUSED until the source has made others (recovery.py): the guest
-waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so.
+waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so, its guest
+waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c).
 """
 
 import asyncio
@@ -18,13 +19,20 @@ from migrate.clock import clock_id, monotonic_ns
 from migrate.connections import DataConnections
 from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, DestinationPlane, LoopResult
-from migrate.errors import CancelledByPeerError, ConnectionLostError, GuestGoneError, PostcopyError
+from migrate.errors import (
+    AbandonedError,
+    CancelledByPeerError,
+    ConnectionLostError,
+    GuestGoneError,
+    NotAbandonableError,
+    PostcopyError,
+)
 from migrate.greeting import DataSocket
 from migrate.guest_link import GuestLink, GuestState
 from migrate.record import Record
 from migrate.recovery import is_lost
 from migrate.room import Room
-from migrate.session import Migration, error_facts
+from migrate.session import LostPages, Migration, error_facts
 from migrate.switchover import Quiet, rehearse
 from proto.errors import ProtocolError
 from proto.messages import (
@@ -57,6 +65,7 @@ PREPARED_DEADLINE_SECONDS = 10.0
 RESUME_DEADLINE_SECONDS = 5.0
 RELEASED_DEADLINE_SECONDS = 5.0
 PROGRESS_SECONDS = 0.25
+LOST_RUNS_MAX = 256  # that are told one by one
 
 
 class DestinationMigration(Arrival):
@@ -90,6 +99,7 @@ class DestinationMigration(Arrival):
         self._connections = DataConnections()
         self._again: asyncio.Future[tuple[ControlConnection, int]] | None = None  # while it waits for another epoch
         self._final: asyncio.Future[None] = self._loop.create_future()
+        self._giving_up = False
         self._last_step_ns = 0
         self._clock_offset_ns = 0
 
@@ -106,12 +116,16 @@ class DestinationMigration(Arrival):
             await self._until_whole()
             await self._finish()
         except asyncio.CancelledError:
-            error = self._failed(PostcopyError("the daemon is ending", code="cancelled"))
+            error = self._failed(_ending())
+        except AbandonedError as asked:
+            error = await self._give_up(asked)
         except Exception as raised:
             error = self._failed(self.typed(raised))
         finally:
-            await self._close()
-            self.end(error)
+            try:
+                await self._close()
+            finally:  # also when the daemon ends meanwhile
+                self.end(error)
 
     async def _accept(self) -> None:
         offer = await self._control.receive(Offer, deadline_seconds=ATTACH_DEADLINE_SECONDS)
@@ -393,6 +407,7 @@ class DestinationMigration(Arrival):
         self._control, self.epoch = again.result()
         with contextlib.suppress(OSError):  # one that is older only makes the source dial more often
             self.keep_record(epoch=self.epoch)
+        self._connections.close()  # of those that came for the last epoch, late
         self._connections = DataConnections(self.streams)
         self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
         await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)
@@ -425,13 +440,76 @@ class DestinationMigration(Arrival):
         if self._awaits_epoch() and self._again is not None:
             self._again.set_result((control, epoch))
             return
-        if self.state is State.COMPLETE:
+        if self.state is State.ABANDONED:  # the guest runs here: nothing that would let the source resume its own (P4)
+            control.refuse(_abandoned(self.guest_id))
+        elif self.state is State.COMPLETE:
             await self._say_whole(control)
         elif self.ended:
             control.send(Aborted(epoch=0, reason=self.error.what if self.error else str(self.state)))
         else:
             control.refuse(GuestGoneError(f"guest {self.guest_id}", expected="one that can go on", got=str(self.state)))
         control.close()
+
+    # --- without the source -----------------------------------------------------------------------------------------
+
+    async def abandon(self) -> None:
+        """What has not come never will: a touch of it is SIGBUS. Returns when that holds. Raises NotAbandonableError."""
+        waits = self._awaits_epoch() or (self.state is State.STALLED and self.told and not self._giving_up)
+        if self._plane is None or not waits or self._final.done():
+            raise NotAbandonableError(f"migration {self.id}", expected="paused or stalled, its guest here", got=str(self.state))
+        if not self._plane.can_abandon:
+            raise NotAbandonableError("UFFDIO_POISON", expected="Linux 6.6 or later", got="a kernel without it")
+        asked = _abandoned(self.guest_id)
+        self._giving_up = True
+        if self._again is not None and self.state is State.PAUSED:
+            self._again.set_exception(asked)
+            await self._settled.wait()
+        else:
+            self.task = self._loop.create_task(self._give_up_stalled(asked))
+            await asyncio.shield(self.task)
+        if self.state is not State.ABANDONED:
+            raise NotAbandonableError(f"guest {self.guest_id}", expected="to take it", got=self.error.what if self.error else "")
+
+    async def _give_up_stalled(self, asked: AbandonedError) -> None:
+        self.error = error_facts(await self._give_up(asked) or asked)
+        self._giving_up = False
+        self.wake()
+
+    async def _give_up(self, asked: AbandonedError) -> Exception | None:
+        """Beside the fault loop without a connection, which stays: a page that the guest drops is poisoned anew."""
+        assert self._plane is not None
+        plane = self._plane
+        try:
+            result = await self.on_own_thread("abandon", plane.abandon)
+        except asyncio.CancelledError:
+            return self._failed(_ending()) if self.state is State.PAUSED else _ending()
+        if result.reason != "finished" or self._plane is None:
+            error = result.error()
+            return self._failed(error) if self.state is State.PAUSED else error
+        runs, run_count = plane.lost(LOST_RUNS_MAX)
+        self.lost = LostPages(pages=plane.figures()["pages_lost"], runs=runs, runs_left_off=run_count - len(runs))
+        if self.guest is not None:
+            self.guest.state = GuestState.LOST
+        self.log.warning("migration abandoned: a touch of what is lost is SIGBUS", pages_lost=self.lost.pages, runs=run_count)
+        self._room.forget(self.migration_id)
+        self.advance(Event.ABANDON)
+        return asked
+
+    def _resolve_on(self) -> None:
+        """For as long as the guest lives: what is here and was dropped from its page table comes back, what is lost is SIGBUS."""
+        if self._plane is not None:
+            self._plane.next_epoch()
+            self.start_loop("fault", partial(self._plane.fault_loop, -1))
+
+    def _let_go(self) -> None:
+        """Nobody faults any more."""
+        if self._plane is None:
+            return
+        self._plane.stop()
+        self.join_loops()
+        self._summarize()
+        self._plane.close()
+        self._plane = None
 
     async def _finish(self) -> None:
         """Stop the loops, map what is only PRESENT, unregister; the guest is whole here."""
@@ -491,8 +569,15 @@ class DestinationMigration(Arrival):
         if result.reason != "finished":
             raise result.error()
 
+    def give_way(self) -> None:
+        """It has offered nothing yet, and others come."""
+        got = "too many that have offered nothing"
+        self._control.refuse(ProtocolError("busy", "control connection", expected="an offer at once", got=got))
+        self._control.fail(ConnectionLostError("control connection", expected="an offer at once", got=got))
+
     def guest_gone(self) -> None:
-        if self.state is State.STALLED and self.guest is not None:
+        if self.state in (State.STALLED, State.ABANDONED) and self.guest is not None:
+            self._let_go()
             self._room.forget(self.migration_id)
             self.guest.release()  # nobody is left to whom its pages could come
         self._fail(GuestGoneError(f"guest {self.guest_id}", expected="to stay", got="its socket ended"))
@@ -504,7 +589,7 @@ class DestinationMigration(Arrival):
         self._control.fail(error)
 
     def loop_ended(self, result: LoopResult) -> None:
-        if result.reason in ("stopped", "finished") or self._final.done():
+        if result.reason in ("stopped", "finished") or self._final.done() or self.told:
             return
         if result.reason in PEER_FAULTS:
             self._control.refuse(result.error())
@@ -546,14 +631,33 @@ class DestinationMigration(Arrival):
             self._plane.stop()
             self.join_loops()
             self._summarize()
-        if self.guest is not None and self.state in (State.FAILED, State.CANCELLED, State.ABORTED):
-            await give_back(self, self._plane, self.guest)
+        try:
+            if self.guest is not None and self.state in (State.FAILED, State.CANCELLED, State.ABORTED):
+                await give_back(self, self._plane, self.guest)
+        finally:
+            self._let_all_go()
+
+    def _let_all_go(self) -> None:
         if self.state in (State.FAILED, State.CANCELLED):
             self.end_record()
         if self.state is not State.STALLED:  # whose pages are still to come
             self._room.forget(self.migration_id)
-        if self._plane is not None:
-            self._plane.close()
-            self._plane = None
+        if (
+            self.state in (State.STALLED, State.ABANDONED)
+            and self._plane is not None
+            and self.guest is not None
+            and not self.guest.gone
+        ):
+            self._resolve_on()
+        else:
+            self._let_go()
         self._connections.close()
         self._control.close()
+
+
+def _abandoned(guest_id: str) -> AbandonedError:
+    return AbandonedError(f"guest {guest_id}", expected="its missing pages to come", got="given up by the operator")
+
+
+def _ending() -> PostcopyError:
+    return PostcopyError("the daemon is ending", code="cancelled")

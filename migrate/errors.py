@@ -74,6 +74,18 @@ class NotResolvableError(PostcopyError):
     code = "not-resolvable"
 
 
+class NotAbandonableError(PostcopyError):
+    """Only a migration whose guest waits at this daemon for pages, and only where the kernel can poison, can be given up."""
+
+    code = "not-abandonable"
+
+
+class AbandonedError(PostcopyError):
+    """The operator of the destination has given up what had not come; the guest runs on there without it."""
+
+    code = "abandoned"
+
+
 class NotCancellableError(PostcopyError):
     """The switchover has begun: the guest may run at the destination already."""
 

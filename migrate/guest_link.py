@@ -44,6 +44,7 @@ _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 RECEIVE_BYTES = 1 << 16
 DESCRIPTORS_MAX = REGIONS_MAX + 2  # the memory files, the userfaultfd, the page states
+UNSENT_BYTES_MAX = 1 << 20  # to a guest that does not read; a message with a state is less
 
 
 class GuestState(StrEnum):
@@ -90,6 +91,7 @@ class GuestLink:
         self.pagemap_fd = -1
         self.states_fd = -1  # page states that an earlier daemon had given it
         self.gone = False
+        self.released = False
         self.failure: str | None = None
         self.on_stepped: Callable[[int], None] | None = None
         self.on_failed: Callable[[PostcopyError], None] | None = None
@@ -128,6 +130,10 @@ class GuestLink:
             return
         self._unsent += encode(message)
         self._writable()
+        if len(self._unsent) > UNSENT_BYTES_MAX:
+            log.warning("guest does not read", guest=self.guest_id, pid=self.pid, unsent_bytes=len(self._unsent))
+            self.failure = "it asks and does not read"
+            self.close()
 
     def keep(self, states_fd: int) -> bool:
         """Give it the page states: they are in its hands when this returns, whatever becomes of us. False: it takes none."""
@@ -228,6 +234,8 @@ class GuestLink:
             if flags & socket.MSG_CTRUNC or len(self._descriptors) > DESCRIPTORS_MAX:
                 raise GuestRefusedError("descriptors", expected=f"<= {DESCRIPTORS_MAX}", got="more")
             for message in self._decoder.feed(data):
+                if self.gone:  # by what the last one led to: its descriptors are closed
+                    return
                 self._take(message)
         except (PostcopyError, ProtocolError) as error:
             log.warning("guest refused", guest=self.guest_id, pid=self.pid, code=error.code, reason=str(error))
@@ -375,6 +383,7 @@ class GuestLink:
 
     def release(self) -> None:
         """Close the memory files, the userfaultfd and the pagemap."""
+        self.released = True
         self._close_pagemap()
         for descriptor in self._descriptors:
             with contextlib.suppress(OSError):

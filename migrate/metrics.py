@@ -46,7 +46,7 @@ class GuestTotals:
         if migration.error is not None:
             self.errors[migration.error.code] += 1
         # The destination's to say: what the source has sent may not have arrived.
-        if migration.role == Role.DESTINATION and migration.state is State.STALLED:
+        if migration.role == Role.DESTINATION and migration.state in (State.STALLED, State.ABANDONED):
             self.pages_lost += migration.pages_total - migration.pages_done()
 
     def add_figures(self, migration: "Migration") -> None:
@@ -173,7 +173,7 @@ class DaemonCollector(Collector):
         )
         lost = CounterMetricFamily(
             "postcopy_lost_pages",
-            "Pages that a stalled migration left without content here. The source still has them; nobody fetches them yet.",
+            "Pages that a stalled migration left without content here (the source still has them), or that were abandoned.",
             labels=labels,
         )
         reconnects = CounterMetricFamily(

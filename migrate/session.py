@@ -11,8 +11,8 @@ import structlog
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from migrate.clock import monotonic_ns
-from migrate.dataplane import LoopResult, LoopThread
-from migrate.errors import NotCancellableError, NotLimitableError, PostcopyError
+from migrate.dataplane import LoopResult, LoopThread, LostRun
+from migrate.errors import NotAbandonableError, NotCancellableError, NotLimitableError, PostcopyError
 from migrate.record import Record, RecordBook
 from proto.errors import ProtocolError
 from proto.messages import FaultKind, LatencySummary
@@ -81,6 +81,14 @@ class PrecopyInfo(BaseModel):
     ]
 
 
+class LostPages(BaseModel):
+    """What was given up (`abandonMigration`): a touch of these pages is SIGBUS."""
+
+    pages: int
+    runs: Annotated[list[LostRun], Field(description="The first of them, by region and page.")]
+    runs_left_off: Annotated[int, Field(description="How many more runs there are.")]
+
+
 class MigrationStatus(BaseModel):
     """A migration at one moment, in base units. Wall-clock times are for people; durations come from the monotonic clock."""
 
@@ -120,6 +128,7 @@ class MigrationStatus(BaseModel):
     precopy: Annotated[PrecopyInfo | None, Field(description="None: every page crosses after the switchover.")]
     switched_because: Annotated[str, Field(description="At the source: why precopy ended when it did, or why there was none.")]
     epoch: Annotated[int, Field(description="How often its connections have been made anew, attempts included.")]
+    lost: Annotated[LostPages | None, Field(description="At the destination, of a migration that has been abandoned.")]
     error: Annotated[ErrorFacts | None, Field(description="What it ended with; while it is paused, what was lost.")]
     timeline_seconds: Annotated[dict[str, float], Field(description="When each state was first reached, after the start.")]
 
@@ -137,6 +146,7 @@ class Migration:
         self.epoch = 0
         self.reconnects = 0  # epochs that another one has followed
         self.error: ErrorFacts | None = None
+        self.lost: LostPages | None = None
         self.switched_because = ""
         self.bulk_limit_bytes_per_second: int | None = None
         self.pages_total = 0
@@ -287,6 +297,10 @@ class Migration:
             f"migration {self.id}", expected="to be asked at the source", got=f"{reason} at the {self.role}"
         )
 
+    async def abandon(self) -> None:
+        """Only the destination can, and only while the guest waits there for pages. Raises NotAbandonableError."""
+        raise NotAbandonableError(f"migration {self.id}", expected="to be asked at the destination", got=f"the {self.role}")
+
     def limit_bulk(self, bytes_per_second: int | None) -> None:
         """Only at the source, until it has settled. Raises NotLimitableError."""
         raise NotLimitableError(f"bulk of migration {self.id}", expected="to be limited at the source", got=str(self.role))
@@ -347,6 +361,7 @@ class Migration:
             precopy=self.precopy_info(),
             switched_because=self.switched_because,
             epoch=self.epoch,
+            lost=self.lost,
             error=self.error,
             timeline_seconds={state: (at_ns - self._started_ns) / 1e9 for state, at_ns in self._timeline.items()},
         )

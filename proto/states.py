@@ -25,6 +25,7 @@ class State(StrEnum):
     COMPLETE = "complete"
     FAILED = "failed"  # before the switchover, or aborted: the guest runs on at the source
     CANCELLED = "cancelled"
+    ABANDONED = "abandoned"  # destination: the operator has given up what had not come; the guest runs on there without it
     ABORTED = "aborted"  # destination: decided and recorded that it never resumes this epoch
 
 
@@ -45,6 +46,7 @@ class Event(StrEnum):
     TAKEN_BACK = "taken_back"  # by a daemon that was started anew, from its record and the guest
     LOST = "lost"  # a connection or the peer's answer, when it can
     STALL = "stall"  # what no new connection can mend, when it can
+    ABANDON = "abandon"  # destination: the operator gives the source up
     ABORT = "abort"  # the destination will never resume this epoch
 
 
@@ -89,12 +91,13 @@ TRANSITIONS: dict[Role, dict[tuple[State, Event], State]] = {
         (S.PAUSED, E.RUNNING): S.POSTCOPY,
         (S.PAUSED, E.COMPLETE): S.COMPLETE,
         **{(state, E.STALL): S.STALLED for state in (S.SWITCHOVER, S.POSTCOPY, S.PAUSED)},
+        **{(state, E.ABANDON): S.ABANDONED for state in (S.PAUSED, S.STALLED)},
         **{(state, E.FAILURE): S.FAILED for state in (S.NEW, S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)},
         **{(state, E.CANCEL): S.CANCELLED for state in (S.ATTACHING, S.READY, S.PRECOPY, S.PREPARING)},
     },
 }
 
-ENDED = frozenset({S.COMPLETE, S.FAILED, S.CANCELLED, S.ABORTED})
+ENDED = frozenset({S.COMPLETE, S.FAILED, S.CANCELLED, S.ABORTED, S.ABANDONED})
 """Nothing of the migration is left to do; a STALLED one is not ended."""
 
 SETTLED = ENDED | {S.STALLED}

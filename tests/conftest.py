@@ -38,6 +38,7 @@ def features_of(item: pytest.Item) -> list[str]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--torture", action="store_true", help="the long version of what tests/torture does")
+    parser.addoption("--fuzz-runs", type=int, default=1500, help="inputs that tests/fuzz makes for each parser")
     parser.addoption("--torture-seed", type=int, default=1, help="other random moments")
 
 

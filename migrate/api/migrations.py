@@ -188,6 +188,32 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
         return found.status()
 
     @routes.post(
+        "/v1/migrations/{migration_id}/abandon",
+        tags=["migrations"],
+        operation_id="abandonMigration",
+        summary="Give up the pages that have not come",
+        response_description="It is abandoned; `lost` says what is lost.",
+        responses=refusals(
+            {
+                404: NOT_FOUND,
+                409: (
+                    "not-abandonable",
+                    "This is the source, or it is neither paused nor stalled, or the kernel cannot poison pages (Linux 6.6).",
+                ),
+                413: ("request-too-large", "The body; none is needed."),
+                415: ("media-type", "A body that is not JSON; none is needed."),
+                422: INVALID,
+            }
+        ),
+    )
+    async def abandon(migration_id: MigrationId) -> MigrationStatus:
+        """At the destination, when the source will not come back. The guest runs on with what is here; a touch of anything else
+        is SIGBUS, for good. The source's guest is not resumed by this, nor ever by the source itself. There is no way back."""
+        found = daemon.migration(migration_id)
+        await found.abandon()
+        return found.status()
+
+    @routes.post(
         "/v1/migrations/{migration_id}/recover",
         tags=["migrations"],
         operation_id="recoverMigration",

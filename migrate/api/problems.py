@@ -20,6 +20,7 @@ STATUS_OF: dict[str, int] = {
     "not-cancellable": 409,
     "not-recoverable": 409,
     "not-resolvable": 409,
+    "not-abandonable": 409,
     "not-limitable": 409,
     "listen-refused": 403,
     "daemon-ending": 503,

@@ -1,4 +1,4 @@
-"""An operator's: ``postcopy migrate``, ``list``, ``status``, ``events``, ``limit``, ``cancel``, ``recover``, ``resolve``."""
+"""An operator's commands on migrations: ``postcopy migrate``, ``status``, ``cancel``, ``recover``, ``resolve`` and others."""
 
 import json
 import sys
@@ -30,6 +30,7 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
     app.command()(cancel)
     app.command()(recover)
     app.command()(resolve)
+    app.command()(abandon)
 
 
 def migrate(
@@ -263,3 +264,29 @@ def resolve(
         now = client.resolve(guest, here=here)
     done = "runs on here" if here else "is let go of: it runs elsewhere"
     typer.echo(json.dumps(now, indent=2) if as_json else f"guest {guest} {done}")
+
+
+def abandon(
+    migration: MigrationArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    daemon: DaemonOption = "destination",
+    as_json: JsonOption = False,
+) -> None:
+    """At the destination: give up the pages that have not come. A touch of one is SIGBUS; there is no way back."""
+    with DaemonClient(runtime_dir_of(daemon)) as client:
+        found = client.status(migration)
+        if not yes:
+            left = found.pages_total - found.pages_done
+            typer.confirm(
+                f"guest {found.guest_id} loses {left} of {found.pages_total} pages for good; go on?", abort=True, err=True
+            )
+        now = client.abandon(found.id)
+    if as_json:
+        typer.echo(now.model_dump_json(indent=2))
+        return
+    assert now.lost is not None
+    typer.echo(f"abandoned: guest {now.guest_id} runs on without {now.lost.pages} pages, SIGBUS where it touches one")
+    for run in now.lost.runs:
+        typer.echo(f"  region {run.region}: pages {run.page_index} to {run.page_index + run.page_count - 1}")
+    if now.lost.runs_left_off:
+        typer.echo(f"  and {now.lost.runs_left_off} more runs")

@@ -93,6 +93,15 @@ def _result(loop: str, raw: Any) -> LoopResult:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class LostRun:
+    """Pages of one region, one behind the other."""
+
+    region: int
+    page_index: int
+    page_count: int
+
+
 class Histogram:
     """A copy of a latency histogram (nanoseconds, relative error <= 3.2 %)."""
 
@@ -261,6 +270,22 @@ class DestinationPlane(_Plane):
     def settled(self) -> bool:
         """No page is held any more: there was no precopy, or its stale set has been applied."""
         return bool(lib.destination_is_settled(self._pointer))
+
+    @property
+    def can_abandon(self) -> bool:
+        """Whether the kernel has UFFDIO_POISON."""
+        return bool(lib.destination_can_abandon(self._pointer))
+
+    def abandon(self) -> LoopResult:
+        """What has not come never will: a touch of it is SIGBUS from now on. Beside a fault loop, which stays."""
+        return self._run("abandon", lib.destination_abandon)
+
+    def lost(self, run_max: int) -> tuple[list[LostRun], int]:
+        """The first runs of what ``abandon`` gave up, and how many there are."""
+        runs = ffi.new("struct page_run[]", run_max)
+        run_count = int(lib.destination_lost(self._pointer, runs, run_max))
+        told = runs[0 : min(run_count, run_max)]
+        return [LostRun(run.region, run.page_index, run.page_count) for run in told], run_count
 
     def finish(self) -> LoopResult:
         return self._run("finish", lib.destination_finish)

@@ -55,6 +55,13 @@ struct loop_result {
 /* Pages of a region of guest memory, whoever has it: gone from its file, they read as zeroes. 0 or an errno. */
 int memory_discard(const struct memory_region *region, uint64_t page_index, uint64_t page_count);
 
+/* Pages of one region, one behind the other. */
+struct page_run {
+    uint32_t region;
+    uint64_t page_index;
+    uint64_t page_count;
+};
+
 enum fault_kind {
     FAULT_REMOTE = 0, /* the source had to be asked */
     FAULT_LOCAL = 1,  /* the content was here */
@@ -85,6 +92,7 @@ enum fault_kind {
     X(removes)                      /* REMOVE events read */                \
     X(pages_restored)               /* final already when a daemon took the guest back (destination_restore) */ \
     X(pages_final)                  /* present, mapped, zero or removed */  \
+    X(pages_lost)                   /* given up: a touch is SIGBUS */       \
     X(requests_sent) X(requests_outstanding)                                \
     X(wakes)                        /* EEXIST: mapped already, woken */     \
     X(polled_ns)                    /* the fault loop looked instead of sleeping */ \
@@ -149,6 +157,14 @@ void destination_wake(struct destination *destination);
 int states_lock(int states_fd, int *owner_pid);
 /* There was no precopy, or its stale set has been applied: the source need not tell it again. */
 bool destination_is_settled(const struct destination *destination);
+
+/* The source is given up, beside a fault_loop without a connection, which goes on for as long as the guest lives: every page that is not
+ * final is LOST, which a touch of it, also one that waits already, learns by SIGBUS; what is here is mapped; nothing is unregistered (P3).
+ * May be called again, on a kernel that can (6.6). LOOP_FINISHED, or what is wrong. */
+bool destination_can_abandon(const struct destination *destination);
+void destination_abandon(struct destination *destination, struct loop_result *result);
+/* What has been lost, in runs of pages: so many of them there are, the first ones, at most run_max, are told. */
+uint64_t destination_lost(const struct destination *destination, struct page_run *runs, uint64_t run_max);
 
 /* After the loops: check that every page is final, map what is only PRESENT, unregister. LOOP_FINISHED, or what is wrong;
  * on LOOP_INCOMPLETE nothing was unregistered (promise P3). */

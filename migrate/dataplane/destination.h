@@ -63,6 +63,10 @@ bool destination_map_present(struct destination *destination, const struct regio
                              struct loop_result *result);
 bool destination_map_zero(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result);
 
+/* These pages are LOST: who waits there gets SIGBUS. */
+bool destination_poison(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                        struct loop_result *result);
+
 /* What the file holds of an earlier copy of these pages goes: they read as zeroes then. They are claimed, or nobody's. 0 or an errno. */
 int destination_clear_old(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count);
 /* Pages of a REMOVE event (already a hole, or about to be one). */

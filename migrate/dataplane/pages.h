@@ -4,9 +4,10 @@
  *   precopy: ABSENT | HELD | HELD_ZERO -> RECEIVING -> HELD | HELD_ZERO
  *   stale set: HELD -> PRESENT or ABSENT, HELD_ZERO -> ZERO or ABSENT       a fault before it: HELD | HELD_ZERO -> REQUESTED
  *   discard: ABSENT | REQUESTED | HELD | HELD_ZERO -> RECEIVING -> REMOVED -> MAPPED (touched)      RECEIVING (another's) -> REMOVED
+ *   given up: ABSENT | REQUESTED | HELD | HELD_ZERO | RECEIVING (in chunks) -> LOST
  *
  * Every change is a compare-and-swap or an exchange, never a plain store. RECEIVING is a claim: only who made that
- * change writes the page (P1), and PRESENT, MAPPED, ZERO, REMOVED refuse every write. The WANTED bit says that a fault waits;
+ * change writes the page (P1), and PRESENT, MAPPED, ZERO, REMOVED, LOST refuse every write. The WANTED bit says that a fault waits;
  * whoever leaves RECEIVING and finds it set resolves the page at once. The DISCARDED bit goes with RECEIVING alone: what is being
  * brought into place is worthless by now, and whoever brings it leaves a zero page instead.
  *
@@ -28,7 +29,7 @@ enum page_state {
     PAGE_HELD_ZERO = 6, /* the same of a zero page: a hole */
     PAGE_ZERO = 7,
     PAGE_REMOVED = 8, /* discarded by the guest before it had come: a hole, never fetched */
-    PAGE_LOST = 9,    /* reserved: poisoned */
+    PAGE_LOST = 9,    /* given up (abandon.c): poisoned, never written any more */
 };
 #define PAGE_WANTED 0x80u
 #define PAGE_DISCARDED 0x40u
@@ -143,6 +144,21 @@ static inline void page_mapped(page_byte *page, enum page_state from)
 {
     uint8_t seen = (uint8_t)from;
     atomic_compare_exchange_strong_explicit(page, &seen, PAGE_MAPPED, memory_order_acq_rel, memory_order_relaxed);
+}
+
+/* No loop brings pages any more, and none will: what is not here is LOST. Returns the state that the page is in then; RECEIVING: somebody
+ * is discarding it, look again. chunks: it comes in these, so RECEIVING is no claim. */
+static inline enum page_state page_lose(page_byte *page, bool chunks)
+{
+    uint8_t seen = atomic_load_explicit(page, memory_order_acquire);
+    for (;;) {
+        bool claimed = PAGE_STATE(seen) == PAGE_RECEIVING && (!chunks || (seen & PAGE_DISCARDED));
+        bool decided = PAGE_STATE(seen) == PAGE_PRESENT || PAGE_STATE(seen) == PAGE_MAPPED || PAGE_STATE(seen) >= PAGE_ZERO;
+        if (claimed || decided)
+            return (enum page_state)PAGE_STATE(seen);
+        if (atomic_compare_exchange_weak_explicit(page, &seen, PAGE_LOST, memory_order_acq_rel, memory_order_acquire))
+            return PAGE_LOST;
+    }
 }
 
 /* A fault waits for the page. Returns the byte that decided: ABSENT, HELD, and REQUESTED or RECEIVING without WANTED have been

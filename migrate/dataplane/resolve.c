@@ -106,6 +106,46 @@ struct resolution resolve_zero(int userfaultfd, const struct region *region, uin
     return resolve_continue(userfaultfd, region, page_index, 1);
 }
 
+bool resolve_can_poison(int userfaultfd)
+{
+    /* One that is not known is EINVAL; one that is looks at its argument, unless the address space is changing. */
+    return ioctl(userfaultfd, UFFDIO_POISON, NULL) < 0 && errno != EINVAL;
+}
+
+struct resolution resolve_poison(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count)
+{
+    struct resolution resolution = {.outcome = RESOLVE_MAPPED};
+    uint64_t page_bytes = region->memory.page_bytes;
+    uint64_t address = region->memory.guest_address + page_index * page_bytes;
+    uint64_t end = address + page_count * page_bytes;
+    uint32_t retries = 0;
+    while (address < end) {
+        struct uffdio_poison request = {.range = {.start = address, .len = end - address}};
+        uint64_t done_bytes = ioctl(userfaultfd, UFFDIO_POISON, &request) == 0 ? end - address : 0;
+        int error_number = errno;
+        if (done_bytes == 0 && request.updated > 0)
+            done_bytes = (uint64_t)request.updated;
+        if (done_bytes == 0 && error_number == EAGAIN && retries++ < RETRIES_MAX) {
+            sched_yield();
+            continue;
+        }
+        if (done_bytes == 0) {
+            enum resolve_outcome outcome = outcome_of(error_number);
+            if (outcome != RESOLVE_ALREADY && outcome != RESOLVE_HOLE) {
+                resolution.outcome = outcome;
+                resolution.error_number = error_number;
+                return resolution;
+            }
+            wake(userfaultfd, address, page_bytes);
+            resolution.wakes++;
+            done_bytes = page_bytes;
+        }
+        resolution.pages_done += done_bytes / page_bytes;
+        address += done_bytes;
+    }
+    return resolution;
+}
+
 void resolve_wake(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count)
 {
     uint64_t page_bytes = region->memory.page_bytes;

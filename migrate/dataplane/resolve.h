@@ -2,6 +2,8 @@
 #ifndef POSTCOPY_RESOLVE_H
 #define POSTCOPY_RESOLVE_H
 
+#include <stdbool.h>
+
 #include "memory.h"
 
 enum resolve_outcome {
@@ -24,6 +26,11 @@ struct resolution {
 struct resolution resolve_continue(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count);
 /* Map one zero page: the file has a hole there, and zero is its final content. */
 struct resolution resolve_zero(int userfaultfd, const struct region *region, uint64_t page_index);
+/* UFFDIO_POISON over page_count pages: who waits there, or touches one, gets SIGBUS. Where a page is mapped, or its file has ended, nothing
+ * is to be done but to wake who waits. */
+struct resolution resolve_poison(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count);
+/* Whether this kernel has that (Linux 6.6). */
+bool resolve_can_poison(int userfaultfd);
 /* Let whoever waits there try again: he finds the page, or faults anew. */
 void resolve_wake(int userfaultfd, const struct region *region, uint64_t page_index, uint64_t page_count);
 /* UFFDIO_UNREGISTER of the whole region. 0 or an errno. */

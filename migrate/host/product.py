@@ -29,6 +29,7 @@ ROWS = (
     Row("hugetlb-2m", "2 MiB pages", "guests", "used", guests.huge_pages),
     Row("hugetlb-1g", "1 GiB pages", "guests", "used", guests.gigantic_pages),
     Row("dirty-tracking", "precopy: written pages told", "guests", "used", guests.dirty_tracking),
+    Row("poison", "lost pages as SIGBUS", "guests", "used", guests.poison),
     Row("shared-memory", "tmpfs memory", "guests", "used", limits.shared_memory),
     Row("page-granularity", "memory arrives in 4 KiB", "guests", "used", guests.page_granularity),
     Row("congestion-control", "congestion control", "transport", "used", transport.congestion_control),
@@ -40,7 +41,6 @@ ROWS = (
     Row("clock", "clock", "limits", "used", limits.clock),
     Row("runtime-directory", "runtime directory", "limits", "used", limits.runtime_directory),
     Row("qemu", "QEMU guests", "later", "later", guests.qemu),
-    Row("poison", "lost pages as SIGBUS", "later", "later", guests.poison),
     Row("move", "pages moved, not copied", "later", "later", guests.move),
     Row("pacing", "bulk paced below a bottleneck", "later", "later", transport.pacing),
 )

@@ -7,6 +7,7 @@ lives on.
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from proto.messages import GuestRegion
 
 PAGE_BYTES = 4096
 libc = ctypes.CDLL(None, use_errno=True)
+libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
@@ -51,13 +53,22 @@ class MemoryChild:
         assert answer, "the child has ended"
         return int(answer)
 
+    def died_of(self) -> int:
+        """The signal that has ended it, or is about to."""
+        assert self._link.recv(100) == b"", "the child goes on"
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        return os.WTERMSIG(status)
+
     def kill(self) -> None:
         if self.pid > 0:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
+        if self.descriptor >= 0:
             self._link.close()
             os.close(self.descriptor)
+            self.descriptor = -1
 
 
 def _be_the_child(file: int, region: GuestRegion, kind: "type[MappedMemory]", link_fd: int) -> None:
@@ -100,6 +111,10 @@ class MappedMemory:
 
     def read(self, page: int) -> int:
         return int.from_bytes(ctypes.string_at(self.address + page * PAGE_BYTES, 8), "little")
+
+    def drop(self, page: int) -> None:
+        """Out of the page table, not out of the file."""
+        assert libc.madvise(self.address + page * PAGE_BYTES, PAGE_BYTES, mmap.MADV_DONTNEED) == 0
 
     def unmap(self, first: int, page_count: int) -> None:
         assert libc.munmap(self.address + first * PAGE_BYTES, page_count * PAGE_BYTES) == 0

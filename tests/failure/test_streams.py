@@ -11,10 +11,10 @@ from migrate.connections import DataConnections
 from migrate.pair import DaemonProcess, Pair, wait_settled
 from proto.frame import FrameKind
 from proto.messages import Aborted, Complete, GuestComplete, Prepare, Prepared, Progress, Quiesced, Ready, Refused, Round, Running
-from proto.preamble import AnswerCode, ConnectionKind
+from proto.preamble import ANSWER_BYTES, Answer, AnswerCode, ConnectionKind
 
 from ..path.commuter import until
-from .fakes import FakeDestination, FakeGuest, FakeSource, closed_by_peer, interrupted
+from .fakes import FakeDestination, FakeGuest, FakeSource, closed_by_peer, interrupted, receive_exactly
 from .memory_child import PAGE_BYTES
 from .precopy_fakes import (
     PrecopyDestination,
@@ -76,11 +76,14 @@ def test_connections_that_came_are_no_longer_half_open(pair: Pair) -> None:
         guest.attach(pair.destination.runtime_dir / "guests.sock")
         source.streams = 8
         source.attach()
-        for _ in range(64):
-            source.open()
-        sock, answer = source.dial(ConnectionKind.BULK, token=source.token)
-        assert answer.code is AnswerCode.BUSY
-        assert closed_by_peer(sock)
+        silent = [source.open() for _ in range(64)]
+        _, answer = source.dial(ConnectionKind.BULK, token=source.token)  # the oldest of the silent ones gives way to it
+        assert answer.code is AnswerCode.KIND_UNEXPECTED
+        assert Answer.decode(receive_exactly(silent[0], ANSWER_BYTES)).code is AnswerCode.BUSY
+        assert closed_by_peer(silent[0])
+        silent[1].settimeout(0)
+        with pytest.raises(BlockingIOError):
+            silent[1].recv(1)
 
 
 def test_those_that_have_not_come_are_named() -> None:

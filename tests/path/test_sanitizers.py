@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -51,10 +52,8 @@ def run(command: list[str], deadline_seconds: float) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module", params=BUILDS)
-def programs(request: pytest.FixtureRequest, repository: Path) -> Path:
-    """The build directory of one kind of build."""
-    kind: str = request.param
+def built(repository: Path, kind: str, mains: Sequence[str]) -> Path:
+    """The build directory of one kind of build, with these programs in it."""
     directory = repository / f"build-{kind}"
     meson = [sys.executable, "-m", "mesonbuild.mesonmain"]
     options = ["-Dpython=disabled", f"-Db_sanitize={OPTIONS[kind]}"]
@@ -63,11 +62,17 @@ def programs(request: pytest.FixtureRequest, repository: Path) -> Path:
     except AssertionError:  # left behind by another meson, or by one that was killed
         shutil.rmtree(directory, ignore_errors=True)
         run([*meson, "setup", *options, str(directory), str(repository)], BUILD_DEADLINE_SECONDS)
-    run([*meson, "compile", "-C", str(directory), *MAINS], BUILD_DEADLINE_SECONDS)
+    run([*meson, "compile", "-C", str(directory), *mains], BUILD_DEADLINE_SECONDS)
     runtime = RUNTIMES[kind]
-    for name in MAINS:
+    for name in mains:
         assert runtime is None or runtime in (directory / name).read_bytes(), f"{name} is not built under {OPTIONS[kind]}"
     return directory
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def programs(request: pytest.FixtureRequest, repository: Path) -> Path:
+    """The build directory of one kind of build."""
+    return built(repository, request.param, MAINS)
 
 
 def run_main(program: Path, *arguments: str) -> list[str]:

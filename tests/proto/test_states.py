@@ -77,10 +77,17 @@ def test_every_arrow_starts_where_one_can_be(role: Role) -> None:
 
 @pytest.mark.parametrize("role", Role)
 def test_an_end_is_an_end(role: Role) -> None:
-    """Nothing leads out of an end, and out of everything else something does, but for a stalled migration (recovery)."""
+    """Nothing leads out of an end, and out of everything else something does, but for a stalled source: its memory is kept."""
     leave = {state for state, _ in TRANSITIONS[role]}
     assert not ENDED & leave
-    assert reachable(role, State.NEW) - ENDED - leave == {State.STALLED}
+    assert reachable(role, State.NEW) - ENDED - leave == ({State.STALLED} if role is Role.SOURCE else set())
+
+
+def test_an_abandoned_guest_runs_at_the_destination() -> None:
+    """P4. No way of a source is called so, and a destination can be it only after the switchover."""
+    assert State.ABANDONED not in reachable(Role.SOURCE, State.NEW)
+    before = {state for (state, _), after in TRANSITIONS[Role.DESTINATION].items() if after is State.ABANDONED}
+    assert before <= AFTER_SWITCHOVER
 
 
 @pytest.mark.parametrize("state", sorted(AFTER_SWITCHOVER))

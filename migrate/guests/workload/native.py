@@ -42,6 +42,7 @@ class FailureKind(IntEnum):
     WRITE_LOST = lib.WORKLOAD_WRITE_LOST
     WRITE_REPEATED = lib.WORKLOAD_WRITE_REPEATED
     ROLLED_BACK = lib.WORKLOAD_ROLLED_BACK
+    GONE = lib.WORKLOAD_PAGE_GONE
 
 
 _WORDS: dict[FailureKind, str] = {
@@ -53,6 +54,7 @@ _WORDS: dict[FailureKind, str] = {
     FailureKind.WRITE_LOST: "lost writes: {0.expected} were made, it counts {0.got}",
     FailureKind.WRITE_REPEATED: "repeated writes: {0.expected} were made, it counts {0.got}",
     FailureKind.ROLLED_BACK: "rolled back: they agree with each other and sum up to {0.got:#x}, not to the root {0.expected:#x}",
+    FailureKind.GONE: "gone: a touch of it was SIGBUS",
 }
 
 

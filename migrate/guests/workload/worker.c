@@ -2,7 +2,7 @@
  *
  * A step reads the clock three times (its start is the end of the one before): after the table entry's first word,
  * after the block's first word, at the end. Nothing on it locks, allocates or enters the kernel, page faults apart. */
-#include "worker.h"
+#include "gone.h"
 
 #include <linux/futex.h>
 #include <sys/mman.h>
@@ -265,13 +265,24 @@ static uint32_t park(struct worker *worker)
     }
 }
 
-void *worker_main(void *argument)
+static void work(struct worker *worker)
 {
-    struct worker *worker = argument;
     for (;;) {
         uint32_t gate = park(worker);
         if (gate_phase(gate) == GATE_QUIT)
-            return NULL;
+            return;
         run(worker, gate);
     }
+}
+
+void *worker_main(void *argument)
+{
+    struct worker *worker = argument;
+    gone_watch(worker);
+    if (sigsetjmp(worker->gone, 1) != 0) {
+        struct workload_failure failure = {.kind = WORKLOAD_PAGE_GONE, .block_index = worker->gone_block, .block_count = 1};
+        fail(worker, &failure);
+    }
+    work(worker);
+    return NULL;
 }

@@ -9,6 +9,7 @@
 #define POSTCOPY_WORKLOAD_WORKER_H
 
 #include <pthread.h>
+#include <setjmp.h>
 #include <stdatomic.h>
 
 #include "futex.h"
@@ -38,6 +39,8 @@ struct worker {
     uint64_t due_ns;       /* next step, with a rate */
     uint64_t step_end_ns;
     bool stepped;          /* since the resume */
+    sigjmp_buf gone;       /* where a touch that was SIGBUS goes on, and its block */
+    uint64_t gone_block;
 
     /* Written by the thread, read by anyone. */
     _Atomic uint32_t acknowledged;

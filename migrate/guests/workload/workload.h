@@ -44,6 +44,7 @@ enum workload_failure_kind {
     WORKLOAD_WRITE_LOST = 6,    /* the page counts fewer writes than were made */
     WORKLOAD_WRITE_REPEATED = 7, /* the page counts more writes than were made */
     WORKLOAD_ROLLED_BACK = 8,   /* pages and table agree with each other and not with the root */
+    WORKLOAD_PAGE_GONE = 9,     /* a touch was SIGBUS: it has been given up, or its file has been truncated */
 };
 
 struct workload_failure {
