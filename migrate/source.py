@@ -359,10 +359,10 @@ class SourceMigration(Departure):
 
     def _let_go_of_guest(self) -> None:
         self._stop_loops()  # before the memory files are closed
+        self.guest.release()  # first: who is told may ask for the same huge pages at once
         self.guest.send(GuestReleased())
         self.end_record()
         self.guest.close()
-        self.guest.release()
 
     def _open_bulk(self) -> None:
         if self._plane is not None:
