@@ -307,7 +307,7 @@ class Daemon:
             sock, place = await accept(listener)
             task = loop.create_task(self._greet_peer(sock, str(Address(*place[:2]))))
             self._keep(task)
-            self._half_open.admit(task, sock)
+            self._half_open.admit(task, sock, answers=self.tls is None)
 
     async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
         try:

@@ -35,9 +35,8 @@ USUAL = {
     "streams": streams,
     "huge-urgent": huge_urgent,
     "huge-stream": huge_stream,
-    "tls": tls,
 }
-SCENARIOS = {**USUAL, kvm.NAME: kvm.kvm}
+SCENARIOS = {**USUAL, kvm.NAME: kvm.kvm, "tls": tls}
 
 
 def environment() -> dict[str, Any]:

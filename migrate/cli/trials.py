@@ -34,7 +34,7 @@ def demo(
 
 def bench(
     scenarios: Annotated[
-        list[str] | None, typer.Argument(help="Which; all but resolvers, kvm and qemu when none is named.")
+        list[str] | None, typer.Argument(help="Which; all but resolvers, kvm, tls and qemu when none is named.")
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     check: Annotated[

@@ -84,7 +84,7 @@ def build_c(repository: Path, directory: Path, *mutations: Mutation, main: str =
     }
     _compile(directory, [path.with_suffix(".c") for path, files in made_from.items() if changed.intersection(files)])
     objects = [str(path.with_suffix(".o")) for path in made_from]
-    subprocess.run([*COMPILER, "-o", "guards", main, *objects], cwd=directory, check=True, timeout=60)
+    subprocess.run([*COMPILER, "-o", "guards", main, *objects, "-lssl", "-lcrypto"], cwd=directory, check=True, timeout=60)
     return directory / "guards"
 
 

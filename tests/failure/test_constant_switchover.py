@@ -80,7 +80,7 @@ WALKS = {
         ("source", "bytecodes"),
     ),
     "a map of all pages at the destination": (
-        Mutation("migrate/destination.py", RESUMED, f'{RESUMED}            self.map = b"x" * self.pages_total\n'),
+        Mutation("migrate/destination.py", RESUMED, f'{RESUMED}            self.map = b"x" * (16 * self.pages_total)\n'),
         ("destination", "faults"),
     ),
     "a walk over all pages at the guest": (

@@ -91,6 +91,9 @@ class StubGuest:
         self.ran: list[bool] = []  # of each resume, whether it was answered so that the guest may run
         self._dice = dice
 
+    def keep(self, states_fd: int) -> bool:
+        return self._dice.random() < 0.9
+
     async def prepare(self, deadline_seconds: float) -> None:
         await asyncio.sleep(0)
         if self._dice.random() < 0.03:
