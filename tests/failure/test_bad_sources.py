@@ -63,11 +63,11 @@ def test_a_greater_minor_version_is_welcome(pair: Pair) -> None:
         assert Answer.decode(receive_exactly(sock, ANSWER_BYTES)).code is AnswerCode.WELCOME
 
 
-def test_too_many_silent_connections_are_turned_away(pair: Pair) -> None:
+def test_of_too_many_silent_connections_the_oldest_gives_way(pair: Pair) -> None:
     with FakeSource(pair.destination.address) as source:
+        sock = source.open()
         for _ in range(64):
             source.open()
-        sock = source.open()
         assert Answer.decode(receive_exactly(sock, ANSWER_BYTES)).code is AnswerCode.BUSY
         assert closed_by_peer(sock)
 

@@ -71,8 +71,8 @@ IN_PRECOPY: dict[str, tuple[Mutation, ...]] = {
     "P2 what was written last is stale": (
         Mutation(
             "migrate/dataplane/settle.c",
-            "    return atomic_load_explicit(&source->pending[page]",
-            "    return page > source->memory.page_total && atomic_load_explicit(&source->pending[page]",
+            "    return source->all_stale || atomic_load_explicit(&source->pending[page]",
+            "    return source->all_stale || (page > source->memory.page_total) & atomic_load_explicit(&source->pending[page]",
         ),
     ),
     "P2 a held page is asked for, not mapped": (

@@ -87,6 +87,8 @@ class StubGuest:
             MemoryRegion(one.guest_address, one.size_bytes, one.offset_bytes, one.page_bytes, memory.files[one.memory_file])
             for one in memory.regions
         ]
+        self.files = [(os.fstat(one).st_dev, os.fstat(one).st_ino) for one in memory.files]
+        self.states_fd = -1
         self.on_stepped = self.on_failed = self.on_discard = None
         self.ran: list[bool] = []  # of each resume, whether it was answered so that the guest may run
         self._dice = dice
