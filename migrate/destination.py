@@ -302,10 +302,13 @@ class DestinationMigration(Arrival):
 
     def _begin_bulk(self) -> None:
         """Only now (P2): a page that came before the guest was paused is not final, and would stay in a guest that waits on."""
-        assert self._plane is not None
         if not self._precopy:
-            for stream, sock in enumerate(self._connections.bulk):
-                self.start_loop("receive", partial(self._plane.receive_loop, sock.fileno(), stream, precopy=False))
+            self._receive_final()
+
+    def _receive_final(self) -> None:
+        assert self._plane is not None
+        for stream, sock in enumerate(self._connections.bulk):
+            self.start_loop("receive", partial(self._plane.receive_loop, sock.fileno(), stream, precopy=False))
 
     def _check_switchover(self, switchover: Switchover) -> None:
         """The last moment at which this side may say no; it is recorded before it is said (P4)."""
@@ -385,11 +388,15 @@ class DestinationMigration(Arrival):
             self.advance(Event.LOST)
             self.log.warning("migration paused: the guest waits for what is not here", reason=str(error), peer=self.peer)
 
-    def _end_epoch(self) -> None:
+    def _loops_return(self) -> None:
+        """They may begin anew then, with other connections or none."""
         assert self._plane is not None
         self._plane.stop()
         self.join_loops()
         self._plane.next_epoch()
+
+    def _end_epoch(self) -> None:
+        self._loops_return()
         self._connections.close()
         self._control.close()
 
@@ -411,14 +418,9 @@ class DestinationMigration(Arrival):
         self._connections = DataConnections(self.streams)
         self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
         await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)
-        plane, connections = self._plane, self._connections
-        plane.stop()
-        self.join_loops()
-        plane.next_epoch()
-        urgent = connections.urgent
-        self.start_loop("fault", lambda: plane.fault_loop(urgent.fileno()))
-        for stream, sock in enumerate(connections.bulk):
-            self.start_loop("receive", partial(plane.receive_loop, sock.fileno(), stream, precopy=False))
+        self._loops_return()
+        self.start_loop("fault", partial(self._plane.fault_loop, self._connections.urgent.fileno()))
+        self._receive_final()
         self._control.send(Ready())
         self._control.keep_alive()
         self.error = None

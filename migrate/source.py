@@ -337,9 +337,9 @@ class SourceMigration(Departure):
             self._record_that_it_ran()
             if self.bulk and not wake_seconds:
                 self._open_bulk()
-            self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             if isinstance(message, Complete):
                 break
+            self.downtime_ns, self.downtime_uncertainty_ns = message.downtime_ns, message.downtime_uncertainty_ns
             self._faults_there = message.faults
         self._completed(message)
 

@@ -73,7 +73,7 @@ def test_switchover_of_a_large_guest_takes_what_a_small_one_takes(monkeypatch: p
 
 RECORDED = "            self.advance(Event.SWITCHOVER_RECORDED)\n"
 RESUMED = "            self.advance(Event.RESUME_RECORDED)\n"
-LOADED = "            self.workload.load(state)\n"
+LOADED = "        self.workload.load(state)\n"
 WALKS = {
     "a walk over all pages at the source": (
         Mutation("migrate/source.py", RECORDED, f"{RECORDED}            for _ in range(self.pages_total): pass\n"),
@@ -87,7 +87,7 @@ WALKS = {
         Mutation(
             "migrate/guests/workload/guest.py",
             LOADED,
-            f"            for _ in range(self._options.memory[0].size_bytes >> 12): pass\n{LOADED}",
+            f"        for _ in range(self._options.memory[0].size_bytes >> 12): pass\n{LOADED}",
         ),
         ("guest_resume", "bytecodes"),
     ),

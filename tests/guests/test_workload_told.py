@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from migrate.guests.workload.guest import say
+from migrate.guests.stepping import say
 
 
 class Terminal(io.StringIO):

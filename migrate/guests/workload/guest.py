@@ -1,27 +1,15 @@
-"""``postcopy guest workload``: the workload as a guest process of its own, and what it tells on standard output.
+"""``postcopy guest workload``: the workload as a guest process of its own; what it tells: stepping.py."""
 
-Each event is one JSON line: ``started``, ``waiting``, ``stepped``, ``complete``, ``verified`` (with its figures),
-``departed``, ``failed``. With ``stay`` a guest that has departed offers itself again as a waiting one.
-"""
-
-import gc
-import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import structlog
 
 from migrate.guest.agent import Agent, GuestRole
-from migrate.guest.attaching import attach_when_there
 from migrate.guest.memory import GuestMemory, MemorySpec
+from migrate.guests.stepping import SteppingGuest, lives, serve
 from migrate.guests.workload.native import BLOCK_BYTES, Workload, WorkloadConfig
-from proto.messages import Discard, GuestFailed, Message, PageRange, Stepped
-
-log = structlog.get_logger("postcopy.workload")
+from proto.messages import Discard, PageRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,56 +24,25 @@ class WorkloadOptions:
     config: WorkloadConfig = field(default_factory=WorkloadConfig)
 
 
-class WorkloadMachine:
-    """What the agent drives."""
+class WorkloadMachine(SteppingGuest):
+    """Its threads may discard pages."""
 
     def __init__(self, memory: GuestMemory, options: WorkloadOptions) -> None:
         self.workload = Workload(memory.address, memory.size_bytes)
+        super().__init__(self.workload, verify=options.verify)
         self._memory, self._options = memory, options
-        self._stepped_ns = 0
-        self._said_ns = 0
-        self._verifications = 0
-        self._verifying = False
 
     def start(self) -> None:
         self.workload.tell_discards(True)
         self.workload.start(self._options.config)
 
-    def prepare(self) -> None:
-        self.workload.last_step_ns()
+    def load(self, state: bytes) -> None:
+        self.workload.load(state)
+        self.workload.tell_discards(not self._options.discard_by_event)  # events are read until `complete`
 
-    def pause(self, deadline_seconds: float) -> tuple[bytes, int]:
-        self.workload.pause(deadline_seconds)
-        return self.workload.save(), self.workload.last_step_ns()
-
-    def resume(self, state: bytes | None) -> None:
-        if state is not None:
-            self.workload.load(state)
-            self.workload.tell_discards(not self._options.discard_by_event)  # events are read until `complete`
-            self._verifications = 0
-        self.workload.resume()
-
-    def event_fd(self) -> int:
-        return self.workload.event_fd
-
-    def event(self) -> Message | None:
-        os.read(self.workload.event_fd, 8)
-        first_step_ns = self.workload.first_step_ns()
-        if first_step_ns and first_step_ns != self._stepped_ns:  # told at once, the rest on a later turn
-            self._stepped_ns = first_step_ns
-            os.eventfd_write(self.workload.event_fd, 1)
-            return Stepped(first_step_ns=first_step_ns)
-        report = self.workload.report()
-        if report.failure is not None:
-            say("failed", **report.to_dict())
-            return GuestFailed(reason=str(report.failure))
-        if self._verifying and report.verifications > self._verifications:
-            self._verifying = False
-            say("verified", **report.to_dict())
-        if self._stepped_ns != self._said_ns:
-            self._said_ns = self._stepped_ns
-            say("stepped", first_step_ns=self._stepped_ns)
-        return None
+    def complete(self) -> None:
+        self.workload.tell_discards(True)
+        super().complete()
 
     def discards(self) -> Discard | None:
         ranges = [self._page(block) for block in self.workload.discards()]
@@ -107,39 +64,10 @@ class WorkloadMachine:
         self.workload.discards()
         self.workload.discarded()
 
-    def complete(self) -> None:
-        self.workload.tell_discards(True)
-        report = self.workload.report()
-        say("complete", **report.to_dict())
-        if self._options.verify:
-            self._verifications = report.verifications
-            self._verifying = True
-            self.workload.verify()
-
-
-def say(event: str, **facts: Any) -> None:
-    if sys.stdout.isatty():  # hundreds of buckets are for programs
-        facts = {name: _without_buckets(fact) if isinstance(fact, dict) else fact for name, fact in facts.items()}
-    sys.stdout.write(json.dumps({"event": event, **facts}) + "\n")
-    sys.stdout.flush()
-
-
-def _without_buckets(figures: dict[str, Any]) -> dict[str, Any]:
-    return {name: figure for name, figure in figures.items() if name != "buckets"}
-
 
 def run(options: WorkloadOptions) -> None:
     """Returns when the guest has departed. Raises PostcopyError ``guest-failed`` when it found itself broken."""
-    role = GuestRole.WAITING if options.waiting else GuestRole.RUNNING
-    gc.collect()
-    gc.freeze()
-    gc.disable()  # the agent answers within a downtime; it makes no cycles
-    while True:
-        _live(options, role)
-        say("departed")
-        if not options.stay:
-            return
-        role = GuestRole.WAITING
+    lives(partial(_live, options), waiting=options.waiting, stay=options.stay)
 
 
 def _live(options: WorkloadOptions, role: GuestRole) -> None:
@@ -152,17 +80,7 @@ def _live(options: WorkloadOptions, role: GuestRole) -> None:
             machine.workload.prepare(options.config.threads)
         else:
             machine.start()
-        attached = False
-        while agent.role is not GuestRole.DEPARTED:
-            attach_when_there(agent, options.socket_path, again=attached)
-            attached = True
-            say("waiting" if agent.role is GuestRole.WAITING else "started")
-            agent.run()
-            if agent.undecided:
-                log.error("the daemon is gone, and the page states with it: this guest stays as it is", role=str(agent.role))
-                os.read(os.eventfd(0), 8)  # nothing can be decided from here; stay, holding memory and userfaultfd
-            if agent.role is not GuestRole.ARRIVING:  # who waits for an answer there gets it from the next daemon
-                machine.detached()
+        serve(agent, options.socket_path, machine.detached)
     finally:
         machine.workload.close()
         agent.close()
