@@ -28,9 +28,9 @@
 #define WINDOWS_HOLD 3
 #define WINDOWS_RAMP 1
 #define WINDOWS_STEP 2         /* at each rate: the least delay of the first one is still the last rate's */
-#define SILENCE_NS (4 * MS)    /* without samples: the sender itself was kept waiting, and such a window says nothing */
+#define SILENCE_NS (4 * MS)    /* without samples: the sender itself was kept from the CPU, and such a window says nothing */
 
-#define DOUBT_NS (100 * MS)
+#define DOUBT_NS (80 * MS)      /* at the rate, with no queue */
 
 #define PROBE_WINDOWS 6        /* at 9/8 of the bottleneck, before the rate goes up further: a shaper's bucket hides the first of it */
 #define PROBE_SOON_NS (25 * MS) /* for the first time, or less than before: true, or a hiccup? */
@@ -157,11 +157,12 @@ static void drain(struct pacer *pacer, const struct pacer_window *window, uint64
     pacer->drain_until_ns = now_ns + 20 * MS + 4 * excess_ns + pacer->base_rtt_ns;
 }
 
-/* Less than before: a hiccup of the scheduler looks the same, so it is believed when it comes twice, and step by step. */
-static uint64_t believed(struct pacer *pacer, uint64_t found_bytes, uint64_t now_ns)
+/* Less than before: a hiccup of the scheduler looks the same, so it is believed when it comes twice with little between that went well,
+ * and step by step. */
+static uint64_t believed(struct pacer *pacer, uint64_t found_bytes)
 {
-    bool twice = now_ns - pacer->doubted_ns < DOUBT_NS;
-    pacer->doubted_ns = now_ns;
+    bool twice = pacer->doubt_left_ns > 0;
+    pacer->doubt_left_ns = DOUBT_NS;
     return twice ? larger(found_bytes, pacer->capacity_bytes * 2 / 3) : pacer->capacity_bytes;
 }
 
@@ -176,7 +177,7 @@ static void drained(struct pacer *pacer, uint64_t now_ns)
         pacer->capacity_bytes = found_bytes;
     } else if (found_bytes < known_bytes / 6 * 5) {
         pacer->probe_interval_ns = PROBE_SOON_NS;
-        pacer->capacity_bytes = believed(pacer, found_bytes, now_ns);
+        pacer->capacity_bytes = believed(pacer, found_bytes);
     } else {
         pacer->probe_interval_ns = pacer->probe_interval_ns * 2 < PROBE_MOST_NS ? pacer->probe_interval_ns * 2 : PROBE_MOST_NS;
         pacer->capacity_bytes = found_bytes < known_bytes ? (7 * known_bytes + found_bytes) / 8 : (known_bytes + found_bytes) / 2;
@@ -242,6 +243,8 @@ static void window_end(struct pacer *pacer, uint64_t now_ns)
     pacer->queue_acked_bytes += window.acked_bytes;
     pacer->queue_ns += elapsed_ns;
     bool used = window.sent_bytes >= at_rate(pacer->rate_bytes, elapsed_ns) / 4 * 3; /* not below a lower limit */
+    if (!standing && used)
+        pacer->doubt_left_ns -= elapsed_ns < pacer->doubt_left_ns ? elapsed_ns : pacer->doubt_left_ns;
     if (standing) {
         if (pacer->mode == PACER_OPEN)
             note_steady(pacer, rate_of(window.acked_bytes, elapsed_ns));
@@ -262,7 +265,8 @@ void pacer_sample(struct pacer *pacer, const struct pacer_sample *sample)
 {
     struct pacer_window *window = &pacer->window;
     uint64_t piece_ns = UINT64_C(1000) * PIECE_LEAST_BYTES * 1000000 / pacer->rate_bytes;
-    if (pacer->mode != PACER_OPEN && sample->now_ns - pacer->sampled_ns > SILENCE_NS + 4 * piece_ns + pacer->base_rtt_ns) {
+    uint64_t silence_ns = SILENCE_NS + 4 * piece_ns + pacer->base_rtt_ns + sample->blocked_ns;
+    if (pacer->mode != PACER_OPEN && sample->now_ns - pacer->sampled_ns > silence_ns) {
         pacer->windows_standing = 0;
         window_begin(pacer, sample->now_ns);
     }

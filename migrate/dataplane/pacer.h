@@ -21,6 +21,7 @@ struct pacer_sample {
     uint64_t unacked_bytes; /* on their way at this moment, over all connections */
     uint64_t acked_bytes;
     uint64_t starved_ns;  /* the receiver had no room: it is what limits, not the path */
+    uint64_t blocked_ns;  /* the sender waited for room in its own socket since its last look: no silence, a path that is slower than the rate */
 };
 
 /* Samples are judged by windows. What stands in a queue is the least delay of a window: single ones are noise. Of both: the round trip, which
@@ -46,7 +47,7 @@ struct pacer {
     uint64_t found_most_bytes;            /* a second: what was sent when the queue came; it is no faster than that */
     uint64_t queue_acked_bytes, queue_ns; /* while the queue stood: its drain is the bottleneck's rate */
     uint64_t drain_until_ns;
-    uint64_t doubted_ns; /* when the bottleneck was last found slower than it was known */
+    uint64_t doubt_left_ns; /* since the bottleneck was found slower than known: so long must go well before that was a hiccup */
     uint64_t probe_at_ns, probe_interval_ns;
 };
 

@@ -44,6 +44,10 @@ struct link {
     uint64_t asleep_until_ns;  /* the sender is kept from the CPU */
     double held;
     bool starving;             /* the receiver is the slowest, and has no room */
+    double window_bytes, socket_bytes; /* what TCP lets be on its way; what the socket takes */
+    bool full;                 /* the socket: it takes more when a third of it is free */
+    uint64_t blocked_ns;       /* the sender, for that */
+    uint64_t look_ns;          /* from one sample to the next */
     struct pacer pacer;
     uint64_t steps, steps_late; /* with more than 150 us of queue, and a page on top */
     double queue_most_ns;
@@ -52,18 +56,28 @@ struct link {
 static void link_begin(struct link *link, uint64_t capacity_bytes)
 {
     memset(link, 0, sizeof(*link));
-    *link = (struct link){.capacity_bytes = capacity_bytes, .base_ns = 50 * US, .bucket_bytes = 64 << 10, .now_ns = SECOND, .rtt_ns = 50 * US};
+    *link = (struct link){.capacity_bytes = capacity_bytes, .base_ns = 50 * US, .bucket_bytes = 64 << 10, .now_ns = SECOND, .rtt_ns = 50 * US,
+                          .window_bytes = 1e9, .socket_bytes = 4 << 20, .look_ns = 250 * US};
     link->tokens = (double)link->bucket_bytes;
     pacer_init(&link->pacer);
 }
 
+static double on_the_way(const struct link *link)
+{
+    return (double)(link->sent_bytes - link->acked_bytes) - link->socket;
+}
+
 static void send_pieces(struct link *link)
 {
-    while (link->socket < 4 << 20 && pacer_wait_ns(&link->pacer, link->now_ns) == 0) { /* no more than the socket takes */
+    if (link->full && link->socket > link->socket_bytes / 3 * 2)
+        return;
+    link->full = false;
+    while (!link->full && pacer_wait_ns(&link->pacer, link->now_ns) == 0) {
         uint64_t piece_bytes = pacer_piece_bytes(&link->pacer);
         link->socket += (double)piece_bytes;
         link->sent_bytes += piece_bytes;
         pacer_sent(&link->pacer, link->now_ns, piece_bytes);
+        link->full = link->socket >= link->socket_bytes;
     }
 }
 
@@ -72,13 +86,18 @@ static double least(double a, double b)
     return a < b ? a : b;
 }
 
+static double most(double a, double b)
+{
+    return a > b ? a : b;
+}
+
 /* Out of the socket, through the shaper; what leaves it is acknowledged a round trip later. */
 static void move_bytes(struct link *link)
 {
     double step_seconds = (double)STEP_NS / 1e9;
     uint64_t smooth_rate = pacer_smooth_rate(&link->pacer);
     double spread = smooth_rate ? (double)smooth_rate * step_seconds : link->socket, room = 6e6 - link->queue;
-    double moved = least(least(spread, link->socket), room);
+    double moved = least(least(spread, link->socket), least(room, most(link->window_bytes - on_the_way(link), 0)));
     link->socket -= moved;
     link->queue += moved;
     link->tokens = least(link->tokens + (double)link->capacity_bytes * step_seconds, (double)link->bucket_bytes);
@@ -87,28 +106,31 @@ static void move_bytes(struct link *link)
     link->tokens -= left;
     uint64_t step = link->now_ns / STEP_NS;
     link->left[step % TRACKS] = left;
-    double arrived = link->left[(step - link->base_ns / STEP_NS) % TRACKS] + link->held;
-    link->held = link->now_ns < link->stalled_until_ns ? arrived : 0;
-    if (link->held > 0 || arrived == 0)
+    double *acked = &link->left[(step - link->base_ns / STEP_NS) % TRACKS], arrived = *acked + link->held;
+    *acked = 0; /* once, also when the way becomes longer */
+    uint64_t acked_bytes = link->now_ns < link->stalled_until_ns ? 0 : (uint64_t)arrived;
+    link->held = arrived - (double)acked_bytes;
+    if (acked_bytes == 0)
         return;
-    link->acked_bytes += (uint64_t)arrived;
+    link->acked_bytes += acked_bytes;
     uint64_t delay_ns = link->base_ns + (uint64_t)(link->queue / (double)link->capacity_bytes * 1e9);
     link->rtt_ns = (7 * link->rtt_ns + delay_ns) / 8;
 }
 
 static void sample(struct link *link)
 {
-    if (link->now_ns - link->sampled_ns < 250 * US)
+    if (link->now_ns - link->sampled_ns < link->look_ns)
         return;
     uint64_t elapsed_ns = link->now_ns - link->sampled_ns;
-    double on_the_way = (double)(link->sent_bytes - link->acked_bytes) - link->socket;
     struct pacer_sample sample = {
         .now_ns = link->now_ns,
         .rtt_ns = link->starving ? 800 * US : link->rtt_ns,
-        .unacked_bytes = on_the_way > 0 ? (uint64_t)on_the_way : 0,
+        .unacked_bytes = on_the_way(link) > 0 ? (uint64_t)on_the_way(link) : 0,
         .acked_bytes = link->acked_bytes - link->sampled_acked_bytes,
         .starved_ns = link->starving ? elapsed_ns * 3 / 4 : 0,
+        .blocked_ns = link->blocked_ns,
     };
+    link->blocked_ns = 0;
     link->sampled_ns = link->now_ns;
     link->sampled_acked_bytes = link->acked_bytes;
     pacer_sample(&link->pacer, &sample);
@@ -123,6 +145,7 @@ static void step(struct link *link)
             sample(link);
     }
     move_bytes(link);
+    link->blocked_ns += link->full ? STEP_NS : 0;
     double queue_ns = link->queue / (double)link->capacity_bytes * 1e9;
     link->steps++;
     link->steps_late += queue_ns > 150e3 + 4096e9 / (double)link->capacity_bytes;
@@ -176,6 +199,23 @@ static void follows(void)
         CHECK(run_for(&simulated, SECOND) >= 0.9);
         CHECK(late_share(&simulated) <= 0.02);
     }
+}
+
+/* A window so small that the socket fills up before a queue stands for long: the sender looks a few times, and then not
+ * for as long as the socket is full. */
+static void full_socket(void)
+{
+    link_begin(&simulated, 400 * MBIT);
+    simulated.window_bytes = 46000;
+    simulated.socket_bytes = 300000;
+    simulated.look_ns = 1100 * US;
+    run_for(&simulated, 200 * MS);
+    CHECK(pacer_rate(&simulated.pacer) > 300 * MBIT);
+    simulated.capacity_bytes = 100 * MBIT;
+    run_for(&simulated, 1500 * MS);
+    CHECK(pacer_rate(&simulated.pacer) < 100 * MBIT);
+    CHECK(run_for(&simulated, SECOND) >= 0.9);
+    CHECK(late_share(&simulated) <= 0.05);
 }
 
 /* Threads that sleep too long, acknowledgements that are held up: not a bottleneck. */
@@ -363,7 +403,7 @@ int main(int argc, char **argv)
     static const struct {
         const char *name;
         void (*run)(void);
-    } scenarios[] = {{"finds", finds},   {"follows", follows}, {"hiccups", hiccups}, {"open-path", open_path}, {"longer-path", longer_path},
+    } scenarios[] = {{"finds", finds},   {"follows", follows}, {"full-socket", full_socket}, {"hiccups", hiccups}, {"open-path", open_path}, {"longer-path", longer_path},
                      {"limited", limited}, {"threads", threads}, {"blind", blind}};
     for (int i = 1; i < argc; i++) {
         bool known = false;

@@ -153,7 +153,7 @@ def test_restoring_on_hugetlbfs(programs: Path) -> None:
 @pytest.mark.timeout(180)
 def test_pacer(programs: Path) -> None:
     """Its controller on a simulated link, and what waits for it on several threads."""
-    scenarios = ["finds", "follows", "hiccups", "open-path", "longer-path", "limited", "threads", "blind"]
+    scenarios = ["finds", "follows", "full-socket", "hiccups", "open-path", "longer-path", "limited", "threads", "blind"]
     assert run_main(programs / "pacer-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 
