@@ -18,6 +18,7 @@
 #define VCPUS 2
 #define DEADLINE_NS UINT64_C(20000000000)
 #define PROGRAM_DEADLINE_SECONDS 110
+#define ROLLED_BACK_ATTEMPTS 10
 
 #define CHECK(condition)                                                            \
     do {                                                                            \
@@ -158,25 +159,33 @@ static void damaged(uint64_t size_bytes)
     puts("damaged: held");
 }
 
+/* A block that a vCPU has in hand as it is paused is a wrong word to it when that block was rolled back too: told as such, and rightly.
+ * All else agrees with itself, and only the root tells. */
 static void rolled_back(uint64_t size_bytes)
 {
-    struct host host;
-    host_open(&host, size_bytes);
-    CHECK(machine_start(host.machine, &config) == 0);
-    verify(&host);
-    pause_and_save(&host);
     char *old = malloc(size_bytes);
     CHECK(old != NULL);
-    memcpy(old, host.memory, size_bytes);
-    CHECK(machine_resume(host.machine) == 0);
-    verify(&host);
-    pause_and_save(&host);
-    memcpy(host.memory, old, size_bytes);
+    int attempts = 0;
+    uint32_t found;
+    do {
+        CHECK(++attempts <= ROLLED_BACK_ATTEMPTS);
+        struct host host;
+        host_open(&host, size_bytes);
+        CHECK(machine_start(host.machine, &config) == 0);
+        verify(&host);
+        pause_and_save(&host);
+        memcpy(old, host.memory, size_bytes);
+        CHECK(machine_resume(host.machine) == 0);
+        verify(&host);
+        pause_and_save(&host);
+        memcpy(host.memory, old, size_bytes);
+        CHECK(machine_resume(host.machine) == 0);
+        await_failure(&host);
+        found = report_of(&host).failure.kind;
+        CHECK(found == MACHINE_ROLLED_BACK || found == MACHINE_WRONG_WORD);
+        host_close(&host);
+    } while (found != MACHINE_ROLLED_BACK);
     free(old);
-    CHECK(machine_resume(host.machine) == 0);
-    await_failure(&host);
-    CHECK(report_of(&host).failure.kind == MACHINE_ROLLED_BACK);
-    host_close(&host);
     puts("rolled-back: held");
 }
 
