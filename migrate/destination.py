@@ -282,6 +282,8 @@ class DestinationMigration(Arrival):
             self._check_switchover(switchover)
             assert self.guest is not None
             self._last_step_ns = switchover.last_step_ns
+            assert self._plane is not None
+            self._plane.foresee(switchover.foreseen)
             # Recorded before the act: from here on the guest may run here, so `aborted` is no longer ours to say.
             self.commit_record()
             self.advance(Event.RESUME_RECORDED)
@@ -293,7 +295,6 @@ class DestinationMigration(Arrival):
                 raise PostcopyError(f"guest {self.guest.guest_id}", expected="to be resumed", got=answer.reason, code="aborted")
             self._resumed_ns = monotonic_ns()
             self.advance(Event.RUNNING)
-            assert self._plane is not None
             self._plane.open()  # before `running` is said: the answer to it may be pages
             self._control.send(Running(epoch=self.epoch))
         if self.downtime_ns is not None:  # the guest's first step came in one piece with its `running`

@@ -280,7 +280,8 @@ class SourceMigration(Departure):
             # From here on the message may have been sent: this guest is never resumed here (P4) unless by `aborted`.
             self.commit_record()
             self.advance(Event.SWITCHOVER_RECORDED)
-            self._control.send(Switchover(epoch=self.epoch, state=paused.state, last_step_ns=paused.last_step_ns))
+            state, last_step_ns, foreseen = paused.state, paused.last_step_ns, paused.foreseen
+            self._control.send(Switchover(epoch=self.epoch, state=state, last_step_ns=last_step_ns, foreseen=foreseen))
             self._plane.open()
             await self._control.receive(Running, deadline_seconds=ANSWER_DEADLINE_SECONDS)  # or AbortedError
         self._ran_there = True

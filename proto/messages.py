@@ -19,6 +19,7 @@ PAGE_BYTES = (4096, 2 << 20, 1 << 30)
 STREAMS_MAX = 8
 DISCARD_RANGES_MAX = 256
 DISCARD_PAGES_MAX = 4096
+FORESEEN_PAGES_MAX = 64
 WAKE_MS_MAX = 1000
 
 MonotonicNs = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -32,6 +33,9 @@ Epoch = Annotated[int, Field(ge=0, lt=1 << 32)]
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 State = Annotated[bytes, Field(max_length=STATE_BYTES_MAX)]
 Streams = Annotated[int, Field(ge=1, le=STREAMS_MAX)]
+Foreseen = Annotated[list[Count], Field(max_length=FORESEEN_PAGES_MAX)]
+"""Pages that the paused guest will touch first, by their numbers through all regions in order: plain ints, as they are read and
+written within the downtime. They are asked for before the guest faults on them; wrong ones cost their transfer."""
 Populated = Annotated[list[Count], Field(max_length=REGIONS_MAX)] | None
 """Bytes of each region, in order, that hold anything at the source; None: it does not say."""
 
@@ -146,6 +150,7 @@ class Switchover(Message):
     epoch: Epoch
     state: State
     last_step_ns: MonotonicNs
+    foreseen: Foreseen = []
 
 
 class Running(Message):
@@ -354,6 +359,7 @@ class Paused(Message):
     type: Literal["paused"] = "paused"
     state: State
     last_step_ns: MonotonicNs
+    foreseen: Foreseen = []
 
 
 class PauseFailed(Message):

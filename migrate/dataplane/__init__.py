@@ -241,6 +241,10 @@ class DestinationPlane(_Plane):
         """The guest has been resumed here: what comes unasked from now on is final (P2)."""
         lib.destination_open(self._pointer)
 
+    def foresee(self, pages: Sequence[int]) -> None:
+        """Once, before the guest is resumed here: pages that it will touch first, by their numbers through all regions."""
+        lib.destination_foresee(self._pointer, pages, len(pages))
+
     def clean(self) -> LoopResult:
         """Before a migration, and after one that came to nothing: the waiting memory is empty."""
         return self._run("clean", lib.destination_clean)

@@ -55,6 +55,8 @@ struct loop_result {
 /* Pages of a region of guest memory, whoever has it: gone from its file, they read as zeroes. 0 or an errno. */
 int memory_discard(const struct memory_region *region, uint64_t page_index, uint64_t page_count);
 
+#define FORESEEN_MAX 64u
+
 /* Pages of one region, one behind the other. */
 struct page_run {
     uint32_t region;
@@ -80,6 +82,7 @@ enum fault_kind {
     X(pages_readahead_dropped)      /* of these, by readahead */            \
     X(bytes_urgent) X(bytes_bulk)   /* received, headers included */        \
     X(bytes_readahead)              /* of bytes_urgent */                   \
+    X(pages_foreseen)               /* asked for before a fault: the guest had said that it stands there */ \
     X(faults_awaited)               /* remote, and bulk was about to bring the page: not asked for at once */ \
     X(pages_precopy) X(bytes_precopy) /* while the guest ran at the source: copies, zero pages among them */ \
     X(pages_held)                   /* distinct pages precopied */          \
@@ -127,6 +130,9 @@ void receive_loop(struct destination *destination, int bulk_socket, uint32_t str
 int destination_marked_fd(const struct destination *destination);
 /* The guest has been resumed here: what comes unasked from now on is final. */
 void destination_open(struct destination *destination);
+/* Once, when the source's guest is paused for good: these pages, numbered through all regions, the guest will touch first, so they are
+ * asked for before it does, all together, and mapped as they come. Beyond FORESEEN_MAX, or outside of its memory: not. */
+void destination_foresee(struct destination *destination, const uint64_t *pages, uint32_t page_count);
 /* Before the loops begin: a REMOVE event (MADV_REMOVE) makes pages that are not here yet zero. Without this it means nothing
  * (MADV_DONTNEED of shared memory, which raises the same event, keeps the data): events are only read. */
 void destination_removed_is_zero(struct destination *destination);

@@ -35,8 +35,9 @@ struct destination *destination_create(const struct memory_region *regions, uint
     destination->marked_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->open_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     destination->judged_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    destination->foreseen_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     bool descriptors = destination->stop_fd >= 0 && destination->final_fd >= 0 && destination->marked_fd >= 0 &&
-                       destination->open_fd >= 0 && destination->judged_fd >= 0;
+                       destination->open_fd >= 0 && destination->judged_fd >= 0 && destination->foreseen_fd >= 0;
     *error_number = descriptors ? memory_init(&destination->memory, regions, region_count) : errno;
     if (*error_number == 0)
         *error_number = memory_map_aliases(&destination->memory);
@@ -56,7 +57,8 @@ void destination_destroy(struct destination *destination)
 {
     states_deinit(destination);
     memory_deinit(&destination->memory);
-    int descriptors[] = {destination->stop_fd, destination->final_fd, destination->marked_fd, destination->open_fd, destination->judged_fd};
+    int descriptors[] = {destination->stop_fd, destination->final_fd,  destination->marked_fd,
+                         destination->open_fd, destination->judged_fd, destination->foreseen_fd};
     for (size_t i = 0; i < sizeof(descriptors) / sizeof(descriptors[0]); i++)
         if (descriptors[i] >= 0)
             close(descriptors[i]);
@@ -94,6 +96,14 @@ void destination_open(struct destination *destination)
 {
     atomic_store_explicit(&destination->opened, true, memory_order_release);
     eventfd_write(destination->open_fd, 1);
+}
+
+void destination_foresee(struct destination *destination, const uint64_t *pages, uint32_t page_count)
+{
+    for (uint32_t i = 0; i < page_count && destination->foreseen_count < FORESEEN_MAX; i++)
+        if (pages[i] < destination->memory.page_total)
+            destination->foreseen[destination->foreseen_count++] = pages[i];
+    eventfd_write(destination->foreseen_fd, 1);
 }
 
 void destination_end_wait(struct destination *destination, uint64_t page, enum fault_kind kind)

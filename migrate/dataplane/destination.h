@@ -26,6 +26,9 @@ struct destination {
     int marked_fd; /* readable: the marks of all bulk connections have come, their loops are parked */
     int open_fd;   /* readable: the guest has been resumed here */
     int judged_fd; /* readable: the stale set has been applied */
+    int foreseen_fd; /* readable: foreseen[] is to be asked for */
+    uint32_t foreseen_count;
+    uint64_t foreseen[FORESEEN_MAX]; /* flat pages; written once, before foreseen_fd */
     uint32_t streams; /* bulk connections */
     _Atomic uint32_t marks; /* that have come */
     uint64_t poll_ns; /* how long the fault loop looks before it sleeps, at most */

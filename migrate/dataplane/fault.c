@@ -9,6 +9,7 @@
  * next epoch. A guest may ask for REMOVE events besides: they are applied as they are read, before anything else is done (discard.c). */
 #include <errno.h>
 #include <poll.h>
+#include <sys/eventfd.h>
 
 #include "inbox.h"
 #include "../uffd/kernel.h"
@@ -124,6 +125,24 @@ static void count_remote(struct destination *destination, uint64_t page, uint8_t
         count(&destination->faults_unsettled, 1);
     if (!(seen & PAGE_WANTED) && atomic_load_explicit(&destination->copies[page], memory_order_relaxed) & COPY_STALE)
         count(&destination->pages_stale_touched, 1);
+}
+
+/* As if faults waited for them, so that whoever brings them maps them; but no fault is counted before there is one. */
+static void fetch_foreseen(struct fault_context *context)
+{
+    struct destination *destination = context->destination;
+    eventfd_t count_of_events;
+    if (eventfd_read(destination->foreseen_fd, &count_of_events) < 0)
+        return;
+    for (uint32_t i = 0; i < destination->foreseen_count; i++) {
+        uint64_t page = destination->foreseen[i];
+        const struct region *region = memory_at_page(&destination->memory, page);
+        uint8_t seen = page_want(&destination->state[page]);
+        if (seen != PAGE_ABSENT && seen != PAGE_HELD && seen != PAGE_HELD_ZERO)
+            continue; /* it is here, or a fault was faster */
+        count(&destination->pages_foreseen, 1);
+        queue_request(context, region, page - region->first_page);
+    }
 }
 
 /* The source is asked, unless bulk is about to bring the page. */
@@ -253,16 +272,17 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
 {
     struct destination *destination = context->destination;
     bool sending = context->queue.sent_bytes < context->queue.queued_bytes;
-    struct pollfd polled[4] = {
+    struct pollfd polled[5] = {
         {.fd = destination->userfaultfd, .events = POLLIN},
         {.fd = context->inbox.channel.socket, .events = (short)(POLLIN | (sending ? POLLOUT : 0))},
         {.fd = destination->stop_fd, .events = POLLIN},
         {.fd = context->patience.timer_fd, .events = POLLIN},
+        {.fd = destination->foreseen_fd, .events = POLLIN},
     };
     if (!inbox_expect_chunk(&context->inbox, destination, result))
         return false;
     bool here = channel_has_input(&context->inbox.channel);
-    if ((here ? poll(polled, 4, 0) : poller_wait(&context->poller, polled, 4, &destination->polled_ns)) < 0)
+    if ((here ? poll(polled, 5, 0) : poller_wait(&context->poller, polled, 5, &destination->polled_ns)) < 0)
         return errno == EINTR ? true : result_fail(result, LOOP_USERFAULTFD_FAILED, errno, "poll");
     if (polled[2].revents)
         return result_fail(result, LOOP_STOPPED, 0, "poll");
@@ -274,6 +294,8 @@ static bool fault_round(struct fault_context *context, struct loop_result *resul
         return false;
     if (polled[3].revents)
         fetch_awaited(context);
+    if (polled[4].revents)
+        fetch_foreseen(context);
     if (!send_requests(context, result))
         return false;
     if (here || polled[1].revents & ~POLLOUT)

@@ -96,6 +96,9 @@ class Machine(Protocol):
     def pause(self, deadline_seconds: float) -> tuple[bytes, int]:
         """State, and CLOCK_MONOTONIC of the last completed step in ns. Raises PauseFailedError and runs on."""
 
+    def foreseen(self) -> list[int]:
+        """Paused: pages that it will touch first, as far as it knows, by their numbers through all regions; 64 at most."""
+
     def resume(self, state: bytes | None) -> None:
         """With state: load it and run. Without: run on. Raises PostcopyError for a state that is not this machine's."""
 
@@ -352,7 +355,7 @@ class Agent:
             return
         self._paused = True
         self._tell_discards()  # before `paused`: they belong to the memory that is final now
-        self._send(Paused(state=state, last_step_ns=last_step_ns))
+        self._send(Paused(state=state, last_step_ns=last_step_ns, foreseen=self.machine.foreseen()))
 
     def _track(self, _: Track) -> None:
         """Before precopy: the guest's memory is registered, and the daemon gets the pagemap to scan it by."""

@@ -73,6 +73,9 @@ class SteppingGuest:
             self._verifications = 0
         self._native.resume()
 
+    def foreseen(self) -> list[int]:
+        return []
+
     def event_fd(self) -> int:
         return self._native.event_fd
 

@@ -237,8 +237,8 @@ class FakeSource:
         self.prepare(guest)
         self.say_switchover(state, epoch)
 
-    def say_switchover(self, state: bytes = b"a state", epoch: int = 0) -> None:
-        self.control.send(Switchover(epoch=epoch, state=state, last_step_ns=monotonic_ns()))
+    def say_switchover(self, state: bytes = b"a state", epoch: int = 0, foreseen: Sequence[int] = ()) -> None:
+        self.control.send(Switchover(epoch=epoch, state=state, last_step_ns=monotonic_ns(), foreseen=list(foreseen)))
 
     def until_running(self, guest: "FakeGuest", state: bytes = b"a state") -> None:
         self.switch_over(guest, state)
@@ -389,6 +389,7 @@ class FakeGuest:
         self.userfaultfd = self.memory.register() if role == "waiting" else -1
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._older: list[socket.socket] = []
+        self.foreseen: list[int] = []
         self.connection = Connection(self._socket, guest_decoder())
 
     def __enter__(self) -> Self:
@@ -468,7 +469,7 @@ class FakeGuest:
 
     def pauses(self, state: bytes = b"a state") -> None:
         self.told_to_pause()
-        self.connection.send(Paused(state=state, last_step_ns=monotonic_ns()))
+        self.connection.send(Paused(state=state, last_step_ns=monotonic_ns(), foreseen=self.foreseen))
 
     def resumed(self) -> bytes | None:
         """Told to run, with what state; says that it does."""

@@ -190,3 +190,31 @@ def test_calls_out_of_turn(host: Callable[..., Host]) -> None:
 def test_memory_that_is_too_small(host: Callable[..., Host]) -> None:
     with pytest.raises(PostcopyError, match="a slice of the memory for each vCPU"):
         host(16384, 4)
+
+
+def test_where_it_stands_is_foreseen(host: Callable[..., Host]) -> None:
+    """Program, task state segment and the page tables of level 4 and 3 lie in page 0, those of level 2 in page 1; and each vCPU
+    is at work somewhere in its slice."""
+    one = host()
+    one.start()
+    assert one.machine.foreseen() == []
+    one.until(lambda now: now.first_step_ns > 0)
+    one.machine.pause(DEADLINE_SECONDS)
+    pages, total = one.machine.foreseen(), one.size_bytes // 4096
+    assert pages[:2] == [0, 1]
+    assert len(pages) == len(set(pages))
+    assert all(0 <= page < total for page in pages)
+    assert any(1 < page < total // 2 for page in pages)
+    assert any(total // 2 < page for page in pages)
+
+
+def test_registers_that_point_nowhere_foresee_nothing(host: Callable[..., Host]) -> None:
+    """Page tables without an entry: the walk ends in them."""
+    one = host()
+    one.start()
+    one.until(lambda now: now.first_step_ns > 0)
+    one.machine.pause(DEADLINE_SECONDS)
+    os.pwrite(one.memory.files[0], bytes(2 * 4096), 0)
+    assert one.machine.foreseen() == [0]
+    os.pwrite(one.memory.files[0], struct.pack("<512Q", *[(1 << 40) | 0xE7] * 512), 0)  # beyond the memory
+    assert one.machine.foreseen() == [0]

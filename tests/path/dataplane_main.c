@@ -546,6 +546,32 @@ static void patience(struct move *move)
     move_end(move);
 }
 
+/* Pages of which the guest has said that it stands on them are asked for without a fault, once, and mapped when they come; what is no
+ * page of it is not. */
+static void foreseen(struct move *move)
+{
+    move_begin(move);
+    pthread_create(&move->fault, NULL, run_fault, move);
+    uint64_t named[FORESEEN_MAX + 4] = {50, move->page_count, 50, UINT64_MAX}; /* the third for the second time */
+    for (uint64_t i = 4; i < FORESEEN_MAX + 4; i++) /* the last two are beyond the bound */
+        named[i] = 66 + i;
+    destination_foresee(move->destination, named, FORESEEN_MAX + 4);
+    for (uint64_t i = 0; i < FORESEEN_MAX - 1; i++) {
+        expect_request(move, i == 0 ? 50 : 69 + i);
+        send_zeroes(move->urgent[1], i == 0 ? 50 : 69 + i, 1);
+    }
+    wait_pages_final(move, FORESEEN_MAX - 1);
+    CHECK(*(volatile uint64_t *)(move->guest + 70 * move->page_bytes) == 0);
+    struct destination_figures figures;
+    destination_read(move->destination, &figures);
+    CHECK(figures.pages_foreseen == FORESEEN_MAX - 1 && figures.requests_sent == figures.pages_foreseen);
+    CHECK(figures.requests_outstanding == 0 && figures.pages_zero == figures.pages_foreseen);
+    CHECK(figures.faults_remote == 0 && figures.faults_local == 0 && figures.faults_zero == 0);
+    destination_stop(move->destination);
+    pthread_join(move->fault, NULL);
+    move_end(move);
+}
+
 int main(int argc, char **argv)
 {
     alarm(110);
@@ -569,8 +595,10 @@ int main(int argc, char **argv)
             reads_ahead(&move);
         } else if (strcmp(argv[i], "patience") == 0) {
             patience(&move);
+        } else if (strcmp(argv[i], "foreseen") == 0) {
+            foreseen(&move);
         } else {
-            fprintf(stderr, "usage: dataplane-main moves|streams|faults-only|late-copies|hugetlb|bad-frames|readahead|patience ...\n");
+            fprintf(stderr, "usage: dataplane-main moves|streams|faults-only|late-copies|hugetlb|bad-frames|readahead|patience|foreseen ...\n");
             return 2;
         }
         printf("%s: held\n", argv[i]);

@@ -91,7 +91,7 @@ def test_tls(programs: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(180)  # may compile first
 @pytest.mark.requires("uffd")
 def test_data_plane(programs: Path) -> None:
-    scenarios = ["moves", "streams", "faults-only", "late-copies", "bad-frames", "readahead", "patience"]
+    scenarios = ["moves", "streams", "faults-only", "late-copies", "bad-frames", "readahead", "patience", "foreseen"]
     assert run_main(programs / "dataplane-main", *scenarios) == [f"{scenario}: held" for scenario in scenarios]
 
 

@@ -16,7 +16,6 @@ REGION = {"size_bytes": 8192, "page_bytes": 4096, "populated_bytes": 4096}
 GUEST_REGION = {"guest_address": 1 << 40, "size_bytes": 8192, "offset_bytes": 0, "page_bytes": 4096, "memory_file": 0}
 LATENCY = {"count": 3, "p50_ns": 1, "p99_ns": 2, "max_ns": 3}
 TOKEN, STATE = b"0123456789abcdef", b"registers"
-
 # One good instance of every message, as it is on the wire.
 CONTROL: dict[str, dict[str, Any]] = {
     "offer": {
@@ -44,7 +43,7 @@ CONTROL: dict[str, dict[str, Any]] = {
     "quiesced": {},
     "prepare": {"clock_offset_ns": -5, "clock_uncertainty_ns": 7, "populated_bytes": None},
     "prepared": {},
-    "switchover": {"epoch": 0, "state": STATE, "last_step_ns": 9},
+    "switchover": {"epoch": 0, "state": STATE, "last_step_ns": 9, "foreseen": [7]},
     "running": {"epoch": 0},
     "aborted": {"epoch": 0, "reason": "resume refused"},
     "progress": {"pages_present": 1, "faults": 2, "downtime_ns": None, "downtime_uncertainty_ns": 0},
@@ -84,7 +83,7 @@ GUEST: dict[str, dict[str, Any]] = {
     "untrack": {},
     "keep": {},
     "pause": {"deadline_ms": 100},
-    "paused": {"state": STATE, "last_step_ns": 9},
+    "paused": {"state": STATE, "last_step_ns": 9, "foreseen": [7]},
     "pause_failed": {"reason": "busy"},
     "resume": {"epoch": 0, "state": None},
     "resume_failed": {"epoch": 0, "reason": "not my state"},
@@ -118,6 +117,8 @@ BOUNDS: list[tuple[str, str, str, list[Any], list[Any]]] = [
     ("control", "prepare", "clock_uncertainty_ns", [0], [-1, 1 << 63]),
     ("control", "switchover", "epoch", [0, (1 << 32) - 1], [-1, 1 << 32, False]),
     ("control", "switchover", "state", [b"", bytes(768 << 10)], [bytes((768 << 10) + 1), "text", None]),
+    ("control", "switchover", "foreseen", [[], [(1 << 63) - 1] * 64], [[0] * 65, [-1], [1 << 63], [True], None, 3]),
+    ("guest", "paused", "foreseen", [[], [0] * 64], [[0] * 65, ["0"], None]),
     ("control", "progress", "downtime_ns", [None, -1, (1 << 63) - 1], [1 << 63, 1.5]),
     ("control", "progress", "faults", [0, (1 << 63) - 1], [-1, 1 << 63]),
     (
@@ -210,6 +211,7 @@ def test_unknown_and_missing_fields_are_refused(side: str, name: str) -> None:
             "offers",
             "declares",
             "precopy",
+            "foreseen",
             "streams",
             "populated_bytes",
             "stale_window_ns",
@@ -249,7 +251,12 @@ def test_the_largest_messages_fit() -> None:
     """No valid message is refused for its size: the bounds of the fields are within the bound of the message."""
     worst = "\U0001f4be" * 2000
     for message in (
-        m.Switchover(epoch=(1 << 32) - 1, state=bytes(m.STATE_BYTES_MAX), last_step_ns=(1 << 63) - 1),
+        m.Switchover(
+            epoch=(1 << 32) - 1,
+            state=bytes(m.STATE_BYTES_MAX),
+            last_step_ns=(1 << 63) - 1,
+            foreseen=[(1 << 63) - 1] * m.FORESEEN_PAGES_MAX,
+        ),
         m.Refused(code=NAME_MAX, what=worst, expected=worst, got=worst),
         m.Offer(
             guest_id=NAME_MAX, regions=[m.OfferedRegion(size_bytes=8192, page_bytes=4096)] * 64, clock_id=worst, software=worst

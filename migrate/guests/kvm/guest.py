@@ -29,6 +29,13 @@ class KvmOptions:
 class KvmGuest(SteppingGuest):
     """It discards nothing."""
 
+    def __init__(self, machine: KvmMachine, *, verify: bool) -> None:
+        super().__init__(machine, verify=verify)
+        self._machine = machine
+
+    def foreseen(self) -> list[int]:
+        return self._machine.foreseen()
+
     def discards(self) -> Discard | None:
         return None
 

@@ -1,8 +1,8 @@
 /* A small machine on /dev/kvm: N vCPUs in long mode, guest memory that lies in this process, a program of the project's own at work on
  * it (program.S). The monitor is C alone: one thread a vCPU, started when the machine is made, parked until it starts or is loaded.
  *
- * Paused, its state is all that KVM needs to run on somewhere else (state.h). The guest's memory is never touched by the monitor but
- * once, by machine_start. KVM touches it inside the kernel: its userfaultfd must take kernel-mode faults. */
+ * Paused, its state is all that KVM needs to run on somewhere else (state.h). The monitor writes the guest's memory once, in
+ * machine_start, and reads of it no more than page tables, in machine_foreseen. KVM touches it inside the kernel: its userfaultfd must take kernel-mode faults. */
 #ifndef POSTCOPY_KVM_MACHINE_H
 #define POSTCOPY_KVM_MACHINE_H
 
@@ -79,6 +79,8 @@ int machine_start(struct machine *machine, const struct machine_config *config);
 int machine_pause(struct machine *machine, uint64_t deadline_ns);
 /* Paused only; bytes written or a negative errno. */
 int64_t machine_save(const struct machine *machine, uint8_t *state, size_t capacity_bytes);
+/* Paused only: guest-wide blocks on which its vCPUs stand, which it touches first when it runs on. How many, at most `capacity`. */
+uint32_t machine_foreseen(const struct machine *machine, uint64_t *blocks, uint32_t capacity);
 /* Idle only: take a state over; paused then. Checked as a whole before KVM sees any of it; *why says what it is refused for, -EINVAL. A
  * machine in which KVM itself refused a part (-EINVAL too) stays idle, and may be given another. */
 int machine_load(struct machine *machine, const uint8_t *state, size_t size_bytes, const char **why);

@@ -10,7 +10,7 @@ from typing import Any
 from migrate.errors import HostLacksError, PauseFailedError, PostcopyError, errno_text
 from migrate.guests.workload.native import StateRefusedError, Touches, touches
 from migrate.host import sentences
-from proto.messages import GuestRegion
+from proto.messages import FORESEEN_PAGES_MAX, GuestRegion
 
 try:
     from migrate.guests.kvm._kvm import ffi, lib
@@ -109,6 +109,9 @@ class KvmMachine:
         self._owned: Any = ffi.gc(made[0], lib.machine_destroy)
         self._state = ffi.new("uint8_t[]", lib.MACHINE_STATE_BYTES_MAX)  # made here: save lies in the downtime
         self._why = ffi.new("const char **")
+        self._blocks = ffi.new("uint64_t[]", FORESEEN_PAGES_MAX)
+        self._regions = tuple(regions)
+        self._large = any(region.page_bytes != 4096 for region in regions)
 
     def close(self) -> None:
         """Stop and join the vCPUs' threads; waits for one that is in a fault which nothing interrupts."""
@@ -139,6 +142,22 @@ class KvmMachine:
         """What the guest needs, besides its memory, to run on elsewhere. Paused only."""
         size_bytes = self._check("save", lib.machine_save(self._pointer, self._state, lib.MACHINE_STATE_BYTES_MAX))
         return bytes(ffi.buffer(self._state, size_bytes))
+
+    def foreseen(self) -> list[int]:
+        """Pages on which its vCPUs stand (foreseen.c), by their numbers through all regions. Paused only; none otherwise."""
+        count = lib.machine_foreseen(self._pointer, self._blocks, len(self._blocks))
+        blocks: list[int] = ffi.unpack(self._blocks, count)
+        return list(dict.fromkeys(map(self._page, blocks))) if self._large else blocks
+
+    def _page(self, block: int) -> int:
+        """Of the guest's physical memory, which is its regions one after the other."""
+        offset_bytes, first_page = block * 4096, 0
+        for region in self._regions:
+            if offset_bytes < region.size_bytes:
+                return first_page + offset_bytes // region.page_bytes
+            offset_bytes -= region.size_bytes
+            first_page += region.size_bytes // region.page_bytes
+        raise ValueError("beyond the guest's memory")
 
     def load(self, state: bytes) -> None:
         """Take over what ``save`` gave; paused then. Raises StateRefusedError."""

@@ -222,6 +222,9 @@ class QemuMachine:
             grave = event["event"] in ("BLOCK_IO_ERROR", "GUEST_PANICKED", "MEMORY_FAILURE")
             (log.error if grave else log.debug)("QEMU tells", told=event["event"], facts=event.get("data", {}))
 
+    def foreseen(self) -> list[int]:
+        return []  # its processors' registers are its own
+
     def discards(self) -> Discard | None:
         return None
 
