@@ -136,8 +136,9 @@ def test_guest_that_is_refused_at_first(workload: tuple[FakeDaemon, Process]) ->
 def test_daemon_that_goes_before_it_hears_of_tracking(workload: tuple[FakeDaemon, Process]) -> None:
     daemon, process = workload
     first = daemon.accept()
-    os.kill(process.pid, signal.SIGSTOP)
     first.send(WELCOME)
+    process.event("stepped")  # told, so that no other message comes before `paused`
+    os.kill(process.pid, signal.SIGSTOP)
     first.send(Track())
     first.close()
     os.kill(process.pid, signal.SIGCONT)
