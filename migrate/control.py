@@ -70,6 +70,7 @@ class ControlConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None  # with its buffers: this end of it is kept as long as its migration is known
         if self._beat is not None:
             self._beat.cancel()
         if self._error is None:
