@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import cast
@@ -61,7 +62,6 @@ PAGES = 8
 PAGE_BYTES = 4096
 DEADLINE_SECONDS = 10.0
 TURNS = 12
-STEPS_MAX = 400
 REQUEST = Frame(FrameKind.REQUEST, 0, 3, PAGE_BYTES).encode()
 LACKS = Frame(FrameKind.LACKS, 0, 0, PAGES * PAGE_BYTES).encode() + b"\xff"
 
@@ -324,13 +324,15 @@ class Sequence:
     async def run(self) -> State:
         task = self.migration.task = asyncio.get_running_loop().create_task(self.migration.run())
         await asyncio.sleep(0)  # it has begun
-        for _ in range(STEPS_MAX if self.wild == 0 else self.dice.randint(5, 80)):
-            if task.done():
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        steps = itertools.count() if self.wild == 0 else range(self.dice.randint(5, 80))
+        for _ in steps:
+            if task.done() or time.monotonic() > deadline:
                 break
             self.anything() if self.dice.random() < self.wild else self.legal()
             for _ in range(TURNS):
                 await asyncio.sleep(0)
-            if self.migration.state in (State.PRECOPY, State.POSTCOPY, State.PAUSED):
+            if self.wild == 0 or self.migration.state in (State.PRECOPY, State.POSTCOPY, State.PAUSED):
                 await asyncio.sleep(0.0002)  # a loop of the plane may take longer, and is met by the next step
         if not task.done():
             self.cut()
