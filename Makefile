@@ -80,7 +80,7 @@ fuzz: build
 	@FUZZ=1 PYTHON='$(PYTHON)' sh deploy/system.sh
 	@[ -e build-fuzz/build.ninja ] || CC=clang $(PY) -m mesonbuild.mesonmain setup build-fuzz -Dpython=disabled -Dfuzzer=true -Dwerror=false \
 	  -Db_sanitize=address,undefined -Db_lundef=false
-	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m mesonbuild.mesonmain compile -C build-fuzz $(FUZZED:%=fuzz-%)
+	@PATH="$$PWD/.venv/bin:$$PATH" ninja --quiet -C build-fuzz $(FUZZED:%=fuzz-%) # also where there is a target more than last time
 	@set -e; for target in $(FUZZED); do mkdir -p build-fuzz/corpus/$$target; echo "fuzz-$$target: $(RUNS) runs"; \
 	  build-fuzz/fuzz-$$target -runs=$(RUNS) -timeout=20 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build-fuzz/ \
 	  build-fuzz/corpus/$$target tests/fuzz/corpus/$$target; done

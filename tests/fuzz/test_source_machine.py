@@ -278,6 +278,7 @@ class Sequence:
         actions = (
             lambda: self.say(dice.choice(sorted(CONTROL))),
             lambda: self.say(dice.choice(("running", "aborted", "recovered")), epoch=migration.epoch),
+            lambda: self.say(dice.choice(("refused", "complete", "cancel"))),
             lambda: self.hear(dice.randbytes(dice.randint(1, 40))),
             lambda: self.hear(wire({"type": dice.choice(sorted(CONTROL)), "epoch": dice.choice((-1, None, 7, "x"))})),
             lambda: [self.say("clock_ping") for _ in range(70)] and None,
@@ -329,7 +330,8 @@ class Sequence:
         for _ in steps:
             if task.done() or time.monotonic() > deadline:
                 break
-            self.anything() if self.dice.random() < self.wild else self.legal()
+            undecided = self.migration.state in (State.SWITCHOVER, State.PAUSED)  # where the guest runs; states soon left
+            self.anything() if self.dice.random() < self.wild * (1 + 2 * undecided) else self.legal()
             for _ in range(TURNS):
                 await asyncio.sleep(0)
             if self.wild == 0 or self.migration.state in (State.PRECOPY, State.POSTCOPY, State.PAUSED):
