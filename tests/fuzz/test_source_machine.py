@@ -36,6 +36,7 @@ from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
 from proto.messages import (
     ClockPing,
     GuestReleased,
+    Heartbeat,
     Hello,
     Message,
     Offer,
@@ -229,8 +230,9 @@ class Sequence:
         return FrameKind.MARK in kinds
 
     def last_said(self) -> Message | None:
-        """Once."""
-        return self.said[-1] if self.said and self.first_time(len(self.said)) else None
+        """But for heartbeats, and once."""
+        said = [one for one in self.said if not isinstance(one, Heartbeat)]
+        return said[-1] if said and self.first_time(len(said)) else None
 
     def first_time(self, what: object) -> bool:
         """In this epoch."""
