@@ -73,18 +73,19 @@ torture: build guest-image
 	  $(PY) -P -m pytest tests/torture --torture $(ARGS)
 
 # Each C parser by itself, guided by coverage; what it finds stays in build-fuzz/ (crash-…), and belongs into tests/fuzz/corpus/.
-# Then a tenth as many sequences of the destination's state machine, and other bytes for the message decoders.
+# Then other bytes for the message decoders, a tenth as many sequences of the state machines, a hundredth as many requests of each
+# operation of the API.
 RUNS ?= 1000000
 FUZZED = $(notdir $(wildcard tests/fuzz/corpus/*))
 fuzz: build
 	@FUZZ=1 PYTHON='$(PYTHON)' sh deploy/system.sh
 	@[ -e build-fuzz/build.ninja ] || CC=clang $(PY) -m mesonbuild.mesonmain setup build-fuzz -Dpython=disabled -Dfuzzer=true -Dwerror=false \
 	  -Db_sanitize=address,undefined -Db_lundef=false
-	@PATH="$$PWD/.venv/bin:$$PATH" $(PY) -m mesonbuild.mesonmain compile -C build-fuzz $(FUZZED:%=fuzz-%)
+	@PATH="$$PWD/.venv/bin:$$PATH" ninja --quiet -C build-fuzz $(FUZZED:%=fuzz-%) # also where there is a target more than last time
 	@set -e; for target in $(FUZZED); do mkdir -p build-fuzz/corpus/$$target; echo "fuzz-$$target: $(RUNS) runs"; \
 	  build-fuzz/fuzz-$$target -runs=$(RUNS) -timeout=20 -rss_limit_mb=2048 -verbosity=0 -artifact_prefix=build-fuzz/ \
 	  build-fuzz/corpus/$$target tests/fuzz/corpus/$$target; done
-	$(PY) -P -m pytest tests/fuzz --fuzz-runs $(RUNS) $(ARGS)
+	$(PY) -P -m pytest tests/fuzz tests/control/test_api_conformance.py --fuzz-runs $(RUNS) $(ARGS)
 
 bench: build guest-image
 	@.venv/bin/postcopy bench $(ARGS)

@@ -15,6 +15,10 @@ _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 _R = TypeVar("_R")
 MESSAGES_WAITING_MAX = 64
+PINGS_MAX = 64
+"""With nothing else between them: each is answered, at the cost of the loop that every guest's switchover needs."""
+DECODED_TOGETHER_BYTES = 4096
+"""Of what has come in one read, before it is looked at: a flood is seen before all of it has been decoded."""
 HEARTBEAT_SECONDS = 0.5
 SILENT_SECONDS = 3.0
 """A peer that has said a heartbeat and then nothing for so long hangs, or the path to it does: a slow one goes on saying them."""
@@ -33,6 +37,7 @@ class ControlConnection(asyncio.Protocol):
         self._beat: asyncio.TimerHandle | None = None
         self._beat_due_seconds = 0.0
         self._heard_seconds: float | None = None
+        self._pings = 0
         self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     # --- asyncio.Protocol -------------------------------------------------------------------------------------------
@@ -43,22 +48,26 @@ class ControlConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         received_ns = monotonic_ns()
         try:
-            for message in self._decoder.feed(data):
-                if self._heard_seconds is not None or isinstance(message, Heartbeat):
-                    self._heard_seconds = asyncio.get_running_loop().time()
-                if isinstance(message, Heartbeat):
-                    continue
-                if isinstance(message, ClockPing):
-                    self.send(ClockPong(sent_ns=message.sent_ns, peer_ns=received_ns))
-                else:
-                    self._append(message, received_ns)
-            if len(self._messages) > MESSAGES_WAITING_MAX:
-                raise ProtocolError(
-                    "message-flood", "unread messages", expected=f"<= {MESSAGES_WAITING_MAX}", got=len(self._messages)
-                )
+            for start in range(0, len(data), DECODED_TOGETHER_BYTES):
+                for message in self._decoder.feed(data[start : start + DECODED_TOGETHER_BYTES]):
+                    self._take(message, received_ns)
+                _not_more_than(MESSAGES_WAITING_MAX, "unread messages", len(self._messages))
+                _not_more_than(PINGS_MAX, "clock pings", self._pings)
         except ProtocolError as error:
             self.refuse(error)
         self._wake()
+
+    def _take(self, message: Message, received_ns: int) -> None:
+        if self._heard_seconds is not None or isinstance(message, Heartbeat):
+            self._heard_seconds = asyncio.get_running_loop().time()
+        if isinstance(message, Heartbeat):
+            return
+        if isinstance(message, ClockPing):
+            self._pings += 1
+            self.send(ClockPong(sent_ns=message.sent_ns, peer_ns=received_ns))
+        else:
+            self._pings = 0
+            self._append(message, received_ns)
 
     def _append(self, message: Message, received_ns: int) -> None:
         """Of rounds that nobody has read yet the last one says it all: a guest that writes nothing makes a thousand a second."""
@@ -70,6 +79,7 @@ class ControlConnection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None  # with its buffers: this end of it is kept as long as its migration is known
         if self._beat is not None:
             self._beat.cancel()
         if self._error is None:
@@ -212,6 +222,11 @@ class ControlConnection(asyncio.Protocol):
         if self._transport is not None:
             with contextlib.suppress(RuntimeError):
                 self._transport.close()
+
+
+def _not_more_than(most: int, what: str, count: int) -> None:
+    if count > most:
+        raise ProtocolError("message-flood", what, expected=f"<= {most}", got=count)
 
 
 def _said_no(message: Refused | Aborted) -> PeerRefusedError:

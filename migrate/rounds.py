@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -28,7 +29,8 @@ class Rounds:
     def __init__(self, migration: Migration, guest: GuestLink, policy: PrecopyPolicy) -> None:
         self.tracked = False
         self.done: list[RoundFigures] = []
-        self._migration, self._guest, self._policy = migration, guest, policy
+        self._migration: Migration = weakref.proxy(migration)  # which has this: what has ended must not wait for the collector
+        self._guest, self._policy = guest, policy
 
     async def track(self, plane: SourcePlane) -> None:
         """Whether there is precopy, and if it was wanted and cannot be, why; said once."""

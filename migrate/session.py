@@ -225,6 +225,7 @@ class Migration:
         self._ended_ns, self._ended_wall_ns = monotonic_ns(), time.time_ns()
         if error is not None:
             self.error = error_facts(error)
+        self.before_switchover = self.task = None  # what is kept of it is what it tells
         self._settled.set()
         self.wake()
         self._on_end(self)

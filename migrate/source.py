@@ -362,6 +362,7 @@ class SourceMigration(Departure):
         self._stop_loops()  # before the memory files are closed
         self.guest.release()  # first: who is told may ask for the same huge pages at once
         self.guest.send(GuestReleased())
+        self.guest.on_failed = self.guest.on_discard = None
         self.end_record()
         self.guest.close()
 
@@ -567,3 +568,4 @@ class SourceMigration(Departure):
         self._connections.close()
         if self._control is not None:
             self._control.close()
+            self._control = None

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from migrate.bench import kvm, qemu, resolvers
 from migrate.bench.figures import Bound, Result
+from migrate.bench.hostile import hostile
 from migrate.bench.huge import huge_stream, huge_urgent
 from migrate.bench.hybrid import hybrid
 from migrate.bench.scenarios import SCENARIOS as POSTCOPY
@@ -33,6 +34,7 @@ USUAL = {
     "tracking": tracking,
     "shaped": shaped,
     "streams": streams,
+    "hostile": hostile,
     "huge-urgent": huge_urgent,
     "huge-stream": huge_stream,
 }

@@ -24,7 +24,8 @@ _WHOLE_ID_RANGE = 4294967295
 def read_text(path: str | os.PathLike[str]) -> str:
     """Stripped; empty when it is not there or not for this user."""
     try:
-        return Path(path).read_text().strip("\0\n ")
+        with open(path) as file:  # no Path of what may be one: each parses and interns its parts anew, a thousand a migration
+            return file.read().strip("\0\n ")
     except OSError:
         return ""
 

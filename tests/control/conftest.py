@@ -4,11 +4,27 @@ import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from migrate.pair import COMMAND, Pair
 
 COMMAND_DEADLINE_SECONDS = 30
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+API_PROFILE = "api"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """How many requests the API conformance test makes of each operation: known before it is imported. The same in every run of
+    the suite, others in each run of `make fuzz`."""
+    examples = int(config.getoption("--fuzz-runs")) // 100
+    settings.register_profile(
+        API_PROFILE,
+        max_examples=max(examples, 20),
+        derandomize=examples <= 20,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @pytest.fixture(scope="module")

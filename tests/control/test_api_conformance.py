@@ -16,7 +16,7 @@ from zlib import crc32
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from requests.adapters import HTTPAdapter
 from schemathesis.core.failures import Failure, FailureGroup, ServerError
 from schemathesis.openapi.checks import JsonSchemaError, UndefinedContentType, UndefinedStatusCode
@@ -27,9 +27,9 @@ from migrate.pair import DaemonProcess, Pair, wait_settled
 
 from ..failure.fakes import FakeDestination, FakeGuest, FakeSource
 from ..failure.mutants import Mutation, python_tree
+from .conftest import API_PROFILE
 
 pytestmark = pytest.mark.requires("uffd")
-EXAMPLES_MAX = 20
 ANSWER_SECONDS = 10
 GUEST_ID, WAITING_ID = "runs", "waits"
 
@@ -126,7 +126,8 @@ def end_streams(case: schemathesis.Case) -> None:
 
 
 @schema.parametrize()
-@settings(max_examples=EXAMPLES_MAX, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(settings.get_profile(API_PROFILE))
+@pytest.mark.timeout(24 * 3600)
 def test_operation(case: schemathesis.Case, session: UnixSession) -> None:
     use_what_there_is(case)
     end_streams(case)

@@ -22,7 +22,7 @@ from ..failure.mutants import COMPILER, Mutation
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIOS = ["fault-idle", "fault-idle-polling", "fault-under-stream", "random", "stream", "cpu", "sequential"]
-SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "shaped", "streams", "huge-urgent", "huge-stream"]
+SCENARIOS += ["downtime", "downtime-scraped", "hybrid", "tracking", "shaped", "streams", "hostile", "huge-urgent", "huge-stream"]
 VALUE = {"stream", "cpu", "sequential", "huge-stream"}
 BARE = {"random", "tracking", "shaped", "streams"}
 """Figures of the product alone."""

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from migrate.control import MESSAGES_WAITING_MAX, ControlConnection
+from migrate.control import MESSAGES_WAITING_MAX, PINGS_MAX, ControlConnection
 from migrate.errors import PostcopyError
 from proto.errors import ProtocolError
-from proto.messages import Cancel, Message, Progress, Round, encode
+from proto.messages import Cancel, ClockPing, Message, Progress, Round, encode
 
 
 def received(*sent: Message) -> list[Message]:
@@ -36,3 +36,12 @@ def test_any_other_flood_is_refused() -> None:
     flood = [Round(number=1, pages=0), Cancel(reason="x")] * MESSAGES_WAITING_MAX
     with pytest.raises((ProtocolError, PostcopyError), match="unread messages"):
         received(*flood)
+
+
+def test_flood_of_pings_is_refused() -> None:
+    """Each costs an answer; a clock that is measured again and again has other messages between."""
+    pings = [ClockPing(sent_ns=1)] * PINGS_MAX
+    cancel = Cancel(reason="enough")
+    assert received(*pings, cancel, *pings, cancel) == [cancel, cancel]
+    with pytest.raises(ProtocolError, match="clock pings"):
+        received(*pings, *pings)

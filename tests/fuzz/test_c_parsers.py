@@ -12,7 +12,7 @@ from ..path.test_sanitizers import RUN_DEADLINE_SECONDS, built, run
 
 CORPUS = Path(__file__).parent / "corpus"
 TARGETS = sorted(folder.name for folder in CORPUS.iterdir())
-NEED_UFFD = {"inbox"}
+NEED_UFFD = {"inbox", "preload"}
 NEED = {name: pytest.mark.requires("asan", *(["uffd"] if name in NEED_UFFD else [])) for name in TARGETS}
 
 

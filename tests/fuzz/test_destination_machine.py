@@ -8,17 +8,15 @@ guest runs in one place (P4).
 
 import asyncio
 import contextlib
-import logging
 import os
 import random
 import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import pytest
-import structlog
 
 from migrate import uffd
 from migrate.control import ControlConnection
@@ -30,14 +28,15 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.room import Room
 from migrate.switchover import Quiet
 from proto.frame import Frame, FrameKind
-from proto.messages import Aborted, Message, Resume, ResumeFailed, Running, control_decoder
+from proto.messages import Aborted, Message, Resume, ResumeFailed, Running
 from proto.messages import Complete as ControlComplete
 from proto.preamble import ConnectionKind
 from proto.states import SETTLED, State
 
 from ..proto.test_messages import CONTROL, wire
+from .in_process import Transport, quiet_log
 
-pytestmark = pytest.mark.requires("uffd")
+pytestmark = [pytest.mark.requires("uffd"), pytest.mark.usefixtures(quiet_log.__name__)]
 PAGES = 8
 PAGE_BYTES = 4096
 DEADLINE_SECONDS = 10.0
@@ -48,32 +47,6 @@ OFFER = {
     "machine": None,
     "streams": 1,
 }
-
-
-class Transport(asyncio.Transport):
-    """What the daemon says ends up in a list."""
-
-    def __init__(self, control: ControlConnection) -> None:
-        super().__init__()
-        self.said: list[Message] = []
-        self._control, self._decoder, self._closing = control, control_decoder(), False
-        control.connection_made(self)
-
-    def write(self, data: Any) -> None:
-        self.said += self._decoder.feed(bytes(data))
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def is_closing(self) -> bool:
-        return self._closing
-
-    def close(self) -> None:
-        if not self._closing:
-            self._closing = True
-            asyncio.get_running_loop().call_soon(self._control.connection_lost, None)
-
-    abort = close
 
 
 class StubGuest:
@@ -268,13 +241,6 @@ class Sequence:
         if any(isinstance(one, Running | ControlComplete) for one in said):
             assert self.guest.ran == [True]
         assert (migration.state is State.COMPLETE) == (self.guest.state is GuestState.RUNNING)
-
-
-@pytest.fixture(autouse=True)
-def _said_by_thousands() -> Iterator[None]:
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")

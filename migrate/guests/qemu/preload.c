@@ -1,8 +1,8 @@
 /* LD_PRELOADed into QEMU: registers its guest memory with userfaultfd, which only the process itself can do.
  *
  * Where the guest waits, registering must come before anything touches the memory: a page that is mapped already never
- * faults. So it happens inside QEMU's own mmap() of the memory file, the only call that is interposed, before QEMU has the
- * address. A running guest is registered when a migration asks for it (PRELOAD_TRACK).
+ * faults. So it happens inside QEMU's own mmap() of the memory file, the only call that is interposed (preload_mmap.c), before QEMU
+ * has the address. A running guest is registered when a migration asks for it (PRELOAD_TRACK).
  *
  * One thread takes the agent's commands; it never touches guest memory and has all signals blocked. The userfaultfd of a guest
  * that arrives stays open here until PRELOAD_WHOLE: with the last descriptor gone, absent pages would read as zeroes.
@@ -23,7 +23,6 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "../../uffd/kernel.h"
@@ -125,7 +124,7 @@ static void *serve_agent(void *unused)
 {
     uint32_t command;
     ssize_t got;
-    while ((got = recv(state.socket_fd, &command, sizeof(command), 0)) != 0) {
+    while ((got = recv(state.socket_fd, &command, sizeof(command), MSG_TRUNC)) != 0) { /* its whole size, however much has room */
         if (got < 0 && errno != EINTR)
             break;
         if (got != sizeof(command))
@@ -182,15 +181,8 @@ static int is_memory_file(int fd)
     return state.socket_fd >= 0 && fd >= 0 && fstat(fd, &info) == 0 && info.st_dev == state.device && info.st_ino == state.inode;
 }
 
-/* The system call itself: the C library's mmap adds nothing to it on the machines where userfaultfd has minor faults. Both names
- * by label, since the header makes them one where offsets have 64 bits. */
-__attribute__((visibility("default"))) void *preload_mmap(void *, size_t, int, int, int, off_t) __asm__("mmap64");
-extern __typeof(preload_mmap) preload_mmap_too __asm__("mmap") __attribute__((alias("mmap64"), visibility("default")));
-
-void *preload_mmap(void *address, size_t size_bytes, int protection, int flags, int fd, off_t offset_bytes)
+void preload_mapped(void *address, size_t size_bytes, int fd, off_t offset_bytes)
 {
-    void *mapped = (void *)syscall(SYS_mmap, address, size_bytes, protection, flags, fd, offset_bytes);
-    if (mapped != MAP_FAILED && is_memory_file(fd))
-        take_mapping(mapped, size_bytes, offset_bytes);
-    return mapped;
+    if (is_memory_file(fd))
+        take_mapping(address, size_bytes, offset_bytes);
 }

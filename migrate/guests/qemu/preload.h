@@ -3,7 +3,9 @@
 #ifndef POSTCOPY_PRELOAD_H
 #define POSTCOPY_PRELOAD_H
 
+#include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 /* In the environment: "socket descriptor:st_dev:st_ino of the memory file:r (runs) or w (waits for a guest)". */
 #define PRELOAD_ENVIRONMENT "POSTCOPY_QEMU_MEMORY"
@@ -25,6 +27,9 @@ enum preload_command {
     PRELOAD_UNTRACK = 2, /* not answered */
     PRELOAD_WHOLE = 3,   /* all memory is here: let the userfaultfd go; not answered */
 };
+
+/* Inside the object: called before the caller of mmap() has the address. */
+void preload_mapped(void *address, size_t size_bytes, int fd, off_t offset_bytes);
 
 _Static_assert(sizeof(struct preload_report) == 72, "as preload.py unpacks it");
 
