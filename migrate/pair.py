@@ -212,6 +212,10 @@ class Pair:
         daemon.wait()
         child = DaemonProcess(self.directory, daemon.name, self._arguments, listen_at=daemon.address)
         self._children.append(child)
+        if daemon is self.source:
+            self.source = child
+        elif daemon is self.destination:
+            self.destination = child
         return child
 
     def guest(

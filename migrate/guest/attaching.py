@@ -10,7 +10,9 @@ from migrate.guest.agent import Agent
 from proto.errors import ProtocolError
 
 log = structlog.get_logger("postcopy.agent")
-RECONNECT_SECONDS = (0.1, 0.2, 0.5, 1.0, 2.0)
+RECONNECT_SECONDS = (0.05, 0.1, 0.2, 0.25)
+"""Between two attempts; the last one from then on, however long the daemon was away: it is back within a second for its peers too,
+who dial as often (migrate/recovery.py)."""
 
 
 def attach_when_there(agent: Agent, socket_path: Path, *, again: bool) -> None:
