@@ -227,9 +227,9 @@ class Pair:
         child.event("waiting" if waiting else "started")
         return child
 
-    def child(self, name: str, arguments: Sequence[str]) -> Process:
-        """Any other command of ours, ended with the rest."""
-        child = Process(name, arguments, self.directory / f"{name}.log")
+    def child(self, name: str, arguments: Sequence[str], *, command: Sequence[str] | None = None) -> Process:
+        """Any other command, ended with the rest. No ``command``: ours."""
+        child = Process(name, arguments, self.directory / f"{name}.log", command=command)
         self._children.append(child)
         return child
 

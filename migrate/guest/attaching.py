@@ -11,8 +11,8 @@ from proto.errors import ProtocolError
 
 log = structlog.get_logger("postcopy.agent")
 RECONNECT_SECONDS = (0.05, 0.1, 0.2, 0.25)
-"""Between two attempts; the last one from then on, however long the daemon was away: it is back within a second for its peers too,
-who dial as often (migrate/recovery.py)."""
+"""Between two attempts; the last one from then on, however long the daemon was away: once it is back the guest is served again
+within a second, in which its source has to dial too (migrate/recovery.py)."""
 
 
 def attach_when_there(agent: Agent, socket_path: Path, *, again: bool) -> None:

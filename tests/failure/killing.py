@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from migrate.errors import NotFoundError, PostcopyError
-from migrate.pair import DaemonProcess, Pair
+from migrate.pair import DaemonProcess, Pair, Process
 from migrate.session import MigrationStatus
 
-from ..path.commuter import Commuter, until
+from ..path.commuter import until
 
 DECIDED_SECONDS = 30.0
 
@@ -22,13 +22,26 @@ def slain(pair: Pair, daemon: DaemonProcess) -> DaemonProcess:
     return pair.again(daemon)
 
 
+class Traveller(Protocol):
+    """A guest that has two selves, such as a Commuter."""
+
+    pair: Pair
+    runs: Process
+    waits: Process
+    is_at: DaemonProcess
+    goes_to: DaemonProcess
+
+    def arrived(self) -> object:
+        """Checks itself at the other daemon; its selves have changed roles."""
+
+
 class KilledMove:
     """``kill`` as often as wanted, then ``ends``."""
 
-    def __init__(self, guest: Commuter, **options: str | float | bool) -> None:
+    def __init__(self, guest: Traveller, **options: str | float | bool) -> None:
         self.guest = guest
         with guest.is_at.client() as client:
-            self.id = client.migrate(guest.guest_id, guest.goes_to.address, **options).id
+            self.id = client.migrate(guest.runs.name, guest.goes_to.address, **options).id
         self.service_seconds = 0.0
         """From when the daemons were back until the guest ran, and where it lacked pages they came."""
         self._back_at = time.monotonic()
@@ -76,7 +89,7 @@ class KilledMove:
         if decided == "complete":
             guest.arrived()
         else:
-            until(guest.waiting_again, "the waiting guest waits again")
+            until(lambda: self._states()[1] == "waiting", "the waiting guest waits again")
         return decided
 
     def _is_served(self) -> bool:
@@ -108,7 +121,7 @@ class KilledMove:
         try:
             until(condition, what, DECIDED_SECONDS)
         except AssertionError:
-            raise AssertionError(f"no {what} for {self.guest.guest_id} in {self.id}: {self._told()}") from None
+            raise AssertionError(f"no {what} for {self.guest.runs.name} in {self.id}: {self._told()}") from None
 
     def _told(self) -> str:
         return f"{self._states()}; {self.state_at(self.guest.is_at)} here, {self.state_at(self.guest.goes_to)} there"
