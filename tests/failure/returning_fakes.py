@@ -33,7 +33,8 @@ class Leaving:
         sock = self.fake.accept()
         preamble = Preamble.decode(receive_exactly(sock, PREAMBLE_BYTES))
         assert (preamble.kind, preamble.token) == (ConnectionKind.CONTROL, TOKEN)
-        assert preamble.epoch > 0
+        self.epoch = preamble.epoch
+        assert self.epoch > 0
         sock.sendall(Answer(AnswerCode.WELCOME).encode())
         connection = Connection(sock, control_decoder())
         assert connection.receive(Recover).epoch == preamble.epoch

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from migrate.pair import Pair
+from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
 from proto.messages import (
     Aborted,
     Complete,
     GuestReleased,
     Message,
     Prepared,
+    Ready,
     Recovered,
     Released,
     Resume,
@@ -23,7 +25,9 @@ from proto.messages import (
 from proto.preamble import AnswerCode, ConnectionKind
 
 from ..path.commuter import until
-from .fakes import FakeDestination, FakeGuest, FakeSource
+from .fakes import FakeDestination, FakeGuest, FakeSource, receive_exactly
+from .memory_child import PAGE_BYTES
+from .precopy_fakes import pages_of
 from .returning_fakes import Arriving, Leaving, records
 
 pytestmark = pytest.mark.requires("uffd")
@@ -69,6 +73,24 @@ def test_source_killed_behind_switchover(pair: Pair, ran: bool, word: Message, t
         if told is GuestReleased:
             control.receive(Released)
         until(lambda: records(pair.source) == [], "nothing is left to know")
+
+
+def test_destination_returns_with_pages_that_nobody_precopied(pair: Pair) -> None:
+    """As its guest's page states say, in which anything may stand. It waits for the stale set then, and gets one: all of them."""
+    with FakeGuest("liar", "running") as guest, FakeDestination() as fake:
+        leaving = Leaving(pair, guest, fake)
+        fake.control.send(Running(epoch=fake.until_switchover_of(guest).epoch))
+        fake.control.close()
+        control = leaving.dialled()
+        control.send(Recovered(epoch=leaving.epoch, settled=False))
+        fake.greet_data()
+        control.send(Ready())
+        frame = Frame.decode(
+            receive_exactly(fake.bulk, FRAME_HEADER_BYTES), frozenset({FrameKind.STALE}), [(1 << 20, PAGE_BYTES)]
+        )
+        page_count = frame.length_bytes // PAGE_BYTES
+        assert (frame.kind, frame.page_index, page_count) == (FrameKind.STALE, 0, 256)
+        assert pages_of(receive_exactly(fake.bulk, page_count // 8), page_count) == set(range(page_count))
 
 
 def test_destination_killed_before_switchover(pair: Pair) -> None:
