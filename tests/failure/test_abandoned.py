@@ -125,9 +125,13 @@ def test_only_what_waits(arrived: Arrived) -> None:
     assert refused.value.code == "not-abandonable"
 
 
-def test_workload(pair: Pair) -> None:
-    """Two real daemons and a guest at work: it says which page is gone. Its old self is never resumed."""
-    guest = Commuter(pair, "loser", "16M", options=("--rate", "5000"))
+@pytest.mark.parametrize(
+    ("memory", "rate"), [("16M", 5000), pytest.param("32M:hugetlb", 20, id="hugetlb", marks=pytest.mark.requires("hugetlb"))]
+)
+def test_workload(pair: Pair, memory: str, rate: int) -> None:
+    """Two real daemons and a guest at work: it says which page is gone. Its old self is never resumed. Of a large page a part may
+    have come: it is as lost."""
+    guest = Commuter(pair, f"loser-{rate}", memory, options=("--rate", str(rate)))
     try:
         with CutMove(guest, precopy="off", bulk=False) as move:
             move.reaches("postcopy")
