@@ -19,7 +19,7 @@ GUEST = LinuxGuest(memory_mib=32, machine_mib=128, verify_ms=500)
 
 @pytest.mark.parametrize("kind", ["memfd", pytest.param("hugetlb", marks=pytest.mark.requires("hugetlb"))])
 def test_linux_travels(repository: Path, scale: Scale, ledger: Ledger, kind: str) -> None:
-    moves, kills = scale.of(suite=2, torture=3), scale.of(suite=0, torture=12)
+    moves, kills = scale.of(suite=2, torture=20), scale.of(suite=0, torture=12)
     downtimes_seconds: list[float] = []
     with Pair() as pair:
         journey = Journey(pair, GUEST, "--memory-kind", kind, image=GuestImage.find(repository / "build/guest"))
