@@ -137,6 +137,14 @@ def test_guest_that_is_refused_at_first(workload: tuple[FakeDaemon, Process]) ->
     assert "guest id: expected another, got web" in process.log()
 
 
+def test_daemon_that_goes_amid_the_first_greeting(workload: tuple[FakeDaemon, Process]) -> None:
+    """Nobody has refused the guest: it looks for the next daemon."""
+    daemon, process = workload
+    daemon.accept().close()
+    daemon.accept().send(WELCOME)
+    process.event("stepped")
+
+
 def test_daemon_that_goes_before_it_hears_of_tracking(workload: tuple[FakeDaemon, Process]) -> None:
     daemon, process = workload
     first = daemon.accept()
