@@ -23,6 +23,7 @@ pytestmark = pytest.mark.requires("uffd", "uffd-poison", "wp-async", "pagemap-sc
 PAGES = 256
 WITH_CONTENT, ZERO, LOST = 0, 1, 5
 CONTENT = 0x4711
+GUEST_FAILED = 7  # exit status
 
 
 class Arrived:
@@ -119,6 +120,13 @@ def test_stalled(arrived: Arrived) -> None:
     assert arrived.child.died_of() == signal.SIGBUS
 
 
+def test_guest_that_ends_meanwhile(arrived: Arrived) -> None:
+    """Perhaps of the first page that was lost: nobody waits any more, and the source resumes nothing."""
+    arrived.loses_its_source()
+    arrived.child.kill()
+    assert arrived.is_given_up().state == "abandoned"
+
+
 def test_only_what_waits(arrived: Arrived) -> None:
     with pytest.raises(PostcopyError, match="paused or stalled") as refused:
         arrived.is_given_up()
@@ -142,7 +150,9 @@ def test_workload(pair: Pair, memory: str, rate: int) -> None:
             with guest.goes_to.client() as client:
                 status = client.abandon(move.id)
             assert status.lost is not None
-            assert status.lost.pages == status.pages_total - status.pages_done > 0
+            assert (
+                0 < status.lost.pages <= status.pages_total - status.pages_done
+            )  # fewer: it touched one, and ended before the last
             failed = guest.waits.event("failed")
             assert "SIGBUS" in str(failed)
             move.link.restore()
@@ -150,5 +160,21 @@ def test_workload(pair: Pair, memory: str, rate: int) -> None:
             assert (ended.state, ended.error and ended.error.code) == ("stalled", "abandoned")
             with guest.is_at.client() as client:
                 assert [one["state"] for one in client.guests() if one["id"] == guest.guest_id] == ["leaving"]
+    finally:
+        guest.end()
+
+
+@pytest.mark.requires("uffd-kernel", "kvm")
+def test_kvm(pair: Pair) -> None:
+    """KVM finds the marker in a virtual CPU's stead: it fails, or its process ends of SIGBUS; nothing is read."""
+    guest = Commuter(pair, "kvm-loser", "8M", options=("--vcpus", "2"), kind="kvm")
+    try:
+        with CutMove(guest, precopy="off", bulk=False) as move:
+            move.reaches("postcopy")
+            move.link.cut(until_restored=True)
+            until(lambda: move.state_there() == "paused", "paused there")
+            with guest.goes_to.client() as client:
+                assert client.abandon(move.id).state == "abandoned"
+            assert guest.waits.wait() in (-signal.SIGBUS, GUEST_FAILED), guest.waits.log()
     finally:
         guest.end()
