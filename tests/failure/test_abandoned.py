@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from migrate.cli import EXIT_CODES
 from migrate.errors import PostcopyError
 from migrate.pair import Pair
 from migrate.session import MigrationStatus
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.requires("uffd", "uffd-poison", "wp-async", "pagemap-sc
 PAGES = 256
 WITH_CONTENT, ZERO, LOST = 0, 1, 5
 CONTENT = 0x4711
-GUEST_FAILED = 7  # exit status
+GUEST_FAILED = EXIT_CODES["guest-failed"]
 
 
 class Arrived:
