@@ -486,7 +486,11 @@ class DestinationMigration(Arrival):
             result = await self.on_own_thread("abandon", plane.abandon)
         except asyncio.CancelledError:
             return self._failed(_ending()) if self.state is State.PAUSED else _ending()
-        if result.reason != "finished" or self._plane is None:
+        ended = result.reason in (
+            "finished",
+            "guest-gone",
+        )  # gone: perhaps it has touched a lost page; it is given up all the same
+        if not ended or self._plane is None:
             error = result.error()
             return self._failed(error) if self.state is State.PAUSED else error
         runs, run_count = plane.lost(LOST_RUNS_MAX)

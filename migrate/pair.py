@@ -212,6 +212,10 @@ class Pair:
         daemon.wait()
         child = DaemonProcess(self.directory, daemon.name, self._arguments, listen_at=daemon.address)
         self._children.append(child)
+        if daemon is self.source:
+            self.source = child
+        elif daemon is self.destination:
+            self.destination = child
         return child
 
     def guest(
@@ -223,9 +227,9 @@ class Pair:
         child.event("waiting" if waiting else "started")
         return child
 
-    def child(self, name: str, arguments: Sequence[str]) -> Process:
-        """Any other command of ours, ended with the rest."""
-        child = Process(name, arguments, self.directory / f"{name}.log")
+    def child(self, name: str, arguments: Sequence[str], *, command: Sequence[str] | None = None) -> Process:
+        """Any other command, ended with the rest. No ``command``: ours."""
+        child = Process(name, arguments, self.directory / f"{name}.log", command=command)
         self._children.append(child)
         return child
 

@@ -28,7 +28,7 @@ bool channel_expect(struct channel *channel, size_t expected_bytes, struct loop_
 {
     if (channel->tls) /* its records are more than that together, but of one a part may have been received already */
         expected_bytes = expected_bytes > TLS_HELD_BYTES ? expected_bytes - TLS_HELD_BYTES : 1;
-    if (expected_bytes == channel->expected_bytes)
+    if (channel->socket < 0 || expected_bytes == channel->expected_bytes) /* nothing comes where there is no connection */
         return true;
     int least_bytes = expected_bytes > EXPECTED_BYTES_MAX ? EXPECTED_BYTES_MAX : (int)expected_bytes;
     if (setsockopt(channel->socket, SOL_SOCKET, SO_RCVLOWAT, &least_bytes, sizeof(least_bytes)) < 0)

@@ -86,7 +86,8 @@ static bool receive_lacks(struct source *source, struct channel *channel, struct
 
 bool source_settle(struct source *source, struct channel *channel, struct loop_result *result)
 {
-    if ((source->pagemap_fd >= 0 || source->all_stale) && !source->stale_is_known) {
+    if (!source->stale_is_known) {
+        source->all_stale |= source->pagemap_fd < 0; /* nothing was precopied, whatever a destination says that it holds */
         find_stale(source);
         if (!verdict_send(channel, &source->memory, FRAME_STALE, is_stale, source, source->stop_fd, result))
             return false;

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from migrate.cli import EXIT_CODES
 from migrate.errors import PostcopyError
 from migrate.pair import Pair
 from migrate.session import MigrationStatus
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.requires("uffd", "uffd-poison", "wp-async", "pagemap-sc
 PAGES = 256
 WITH_CONTENT, ZERO, LOST = 0, 1, 5
 CONTENT = 0x4711
+GUEST_FAILED = EXIT_CODES["guest-failed"]
 
 
 class Arrived:
@@ -119,15 +121,26 @@ def test_stalled(arrived: Arrived) -> None:
     assert arrived.child.died_of() == signal.SIGBUS
 
 
+def test_guest_that_ends_meanwhile(arrived: Arrived) -> None:
+    """Perhaps of the first page that was lost: nobody waits any more, and the source resumes nothing."""
+    arrived.loses_its_source()
+    arrived.child.kill()
+    assert arrived.is_given_up().state == "abandoned"
+
+
 def test_only_what_waits(arrived: Arrived) -> None:
     with pytest.raises(PostcopyError, match="paused or stalled") as refused:
         arrived.is_given_up()
     assert refused.value.code == "not-abandonable"
 
 
-def test_workload(pair: Pair) -> None:
-    """Two real daemons and a guest at work: it says which page is gone. Its old self is never resumed."""
-    guest = Commuter(pair, "loser", "16M", options=("--rate", "5000"))
+@pytest.mark.parametrize(
+    ("memory", "rate"), [("16M", 5000), pytest.param("32M:hugetlb", 20, id="hugetlb", marks=pytest.mark.requires("hugetlb"))]
+)
+def test_workload(pair: Pair, memory: str, rate: int) -> None:
+    """Two real daemons and a guest at work: it says which page is gone. Its old self is never resumed. Of a large page a part may
+    have come: it is as lost."""
+    guest = Commuter(pair, f"loser-{rate}", memory, options=("--rate", str(rate)))
     try:
         with CutMove(guest, precopy="off", bulk=False) as move:
             move.reaches("postcopy")
@@ -138,7 +151,9 @@ def test_workload(pair: Pair) -> None:
             with guest.goes_to.client() as client:
                 status = client.abandon(move.id)
             assert status.lost is not None
-            assert status.lost.pages == status.pages_total - status.pages_done > 0
+            assert (
+                0 < status.lost.pages <= status.pages_total - status.pages_done
+            )  # fewer: it touched one, and ended before the last
             failed = guest.waits.event("failed")
             assert "SIGBUS" in str(failed)
             move.link.restore()
@@ -146,5 +161,21 @@ def test_workload(pair: Pair) -> None:
             assert (ended.state, ended.error and ended.error.code) == ("stalled", "abandoned")
             with guest.is_at.client() as client:
                 assert [one["state"] for one in client.guests() if one["id"] == guest.guest_id] == ["leaving"]
+    finally:
+        guest.end()
+
+
+@pytest.mark.requires("uffd-kernel", "kvm")
+def test_kvm(pair: Pair) -> None:
+    """KVM finds the marker in a virtual CPU's stead: it fails, or its process ends of SIGBUS; nothing is read."""
+    guest = Commuter(pair, "kvm-loser", "8M", options=("--vcpus", "2"), kind="kvm")
+    try:
+        with CutMove(guest, precopy="off", bulk=False) as move:
+            move.reaches("postcopy")
+            move.link.cut(until_restored=True)
+            until(lambda: move.state_there() == "paused", "paused there")
+            with guest.goes_to.client() as client:
+                assert client.abandon(move.id).state == "abandoned"
+            assert guest.waits.wait() in (-signal.SIGBUS, GUEST_FAILED), guest.waits.log()
     finally:
         guest.end()

@@ -3,12 +3,16 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from migrate.client import DaemonClient
+from migrate.guest.agent import Agent
+from migrate.guest.attaching import attach_when_there
 from migrate.pair import DaemonProcess, Pair, Process, wait_settled
 from proto.messages import Hello, Pause, Paused, Refused, Track, Welcome, encode, guest_decoder
 from proto.states import Role
@@ -133,6 +137,14 @@ def test_guest_that_is_refused_at_first(workload: tuple[FakeDaemon, Process]) ->
     assert "guest id: expected another, got web" in process.log()
 
 
+def test_daemon_that_goes_amid_the_first_greeting(workload: tuple[FakeDaemon, Process]) -> None:
+    """Nobody has refused the guest: it looks for the next daemon."""
+    daemon, process = workload
+    daemon.accept().close()
+    daemon.accept().send(WELCOME)
+    process.event("stepped")
+
+
 def test_daemon_that_goes_before_it_hears_of_tracking(workload: tuple[FakeDaemon, Process]) -> None:
     daemon, process = workload
     first = daemon.accept()
@@ -146,3 +158,25 @@ def test_daemon_that_goes_before_it_hears_of_tracking(workload: tuple[FakeDaemon
     last.send(WELCOME)
     last.send(Pause(deadline_ms=1000))
     last.receive(Paused)
+
+
+class Patient:
+    """In an agent's place: the daemon is away for a hundred attempts."""
+
+    guest_id = "patient"
+    attempts = 0
+
+    def attach(self, _: Path) -> None:
+        self.attempts += 1
+        if self.attempts <= 100:
+            raise ConnectionRefusedError
+
+
+def test_daemon_that_was_away_for_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The longer it was away, the longer its guests wait for it once it is back: a quarter of a second at most, since until then
+    it answers no peer that asks for them."""
+    waited_seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited_seconds.append)
+    attach_when_there(cast(Agent, Patient()), tmp_path, again=True)
+    assert len(waited_seconds) == 100
+    assert max(waited_seconds) <= 0.25

@@ -8,27 +8,27 @@ from collections.abc import Iterator
 
 import pytest
 
-from migrate.pair import DaemonProcess, Pair
+from migrate.pair import Pair
+from proto.frame import FRAME_HEADER_BYTES, Frame, FrameKind
 from proto.messages import (
     Aborted,
     Complete,
     GuestReleased,
     Message,
     Prepared,
-    Recover,
+    Ready,
     Recovered,
     Released,
     Resume,
     Running,
-    Welcome,
-    control_decoder,
-    encode,
 )
-from proto.preamble import Answer, AnswerCode, ConnectionKind, Preamble
+from proto.preamble import AnswerCode, ConnectionKind
 
 from ..path.commuter import until
-from .fakes import PREAMBLE_BYTES, TOKEN, Connection, FakeDestination, FakeGuest, FakeSource, receive_exactly
-from .killing import slain
+from .fakes import FakeDestination, FakeGuest, FakeSource, receive_exactly
+from .memory_child import PAGE_BYTES
+from .precopy_fakes import pages_of
+from .returning_fakes import Arriving, Leaving, records
 
 pytestmark = pytest.mark.requires("uffd")
 
@@ -37,33 +37,6 @@ pytestmark = pytest.mark.requires("uffd")
 def pair() -> Iterator[Pair]:
     with Pair() as pair:
         yield pair
-
-
-class Leaving:
-    """A fake guest at a real source daemon, whose destination is a fake."""
-
-    def __init__(self, pair: Pair, guest: FakeGuest, fake: FakeDestination) -> None:
-        self.pair, self.guest, self.fake = pair, guest, fake
-        guest.attach(pair.source.runtime_dir / "guests.sock")
-        with pair.source.client() as client:
-            client.migrate(guest.guest_id, fake.address, precopy="off")
-        fake.prepare(guest)
-
-    def kill(self) -> None:
-        self.pair.source = slain(self.pair, self.pair.source)
-        answer = self.guest.connect_again(self.pair.source.runtime_dir / "guests.sock", role="paused")
-        assert isinstance(answer, Welcome)
-
-    def dialled(self) -> Connection:
-        """In a later epoch, by a source that proves itself."""
-        sock = self.fake.accept()
-        preamble = Preamble.decode(receive_exactly(sock, PREAMBLE_BYTES))
-        assert (preamble.kind, preamble.token) == (ConnectionKind.CONTROL, TOKEN)
-        assert preamble.epoch > 0
-        sock.sendall(Answer(AnswerCode.WELCOME).encode())
-        connection = Connection(sock, control_decoder())
-        assert connection.receive(Recover).epoch == preamble.epoch
-        return connection
 
 
 def test_source_killed_before_switchover(pair: Pair) -> None:
@@ -102,35 +75,22 @@ def test_source_killed_behind_switchover(pair: Pair, ran: bool, word: Message, t
         until(lambda: records(pair.source) == [], "nothing is left to know")
 
 
-class Arriving:
-    """A fake guest at a real destination daemon, whose source is a fake."""
-
-    def __init__(self, pair: Pair, guest: FakeGuest, source: FakeSource) -> None:
-        self.pair, self.guest, self.source = pair, guest, source
-        guest.connect(pair.destination.runtime_dir / "guests.sock")
-        guest.send(encode(guest.hello(offers=["keep"])), guest.descriptors())
-        guest.connection.receive(Welcome)
-        streams = source.offer().streams
-        self.states_fd = guest.receive_kept()
-        source.attach_accepted(streams)
-        source.prepare_attached(guest)
-
-    def kill(self) -> None:
-        self.pair.destination = slain(self.pair, self.pair.destination)
-
-    def guest_returns(self, **hello: object) -> None:
-        """It says where it stands."""
-        socket_path = self.pair.destination.runtime_dir / "guests.sock"
-        answer = self.guest.connect_again(socket_path, [self.states_fd], page_states=True, **hello)
-        assert isinstance(answer, Welcome)
-        os.close(self.states_fd)
-
-    def dial(self, epoch: int) -> AnswerCode:
-        sock, answer = self.source.dial(ConnectionKind.CONTROL, token=self.source.token, epoch=epoch)
-        self.control = Connection(sock, control_decoder())
-        if answer.code is AnswerCode.WELCOME:
-            self.control.send(Recover(epoch=epoch))
-        return answer.code
+def test_destination_returns_with_pages_that_nobody_precopied(pair: Pair) -> None:
+    """As its guest's page states say, in which anything may stand. It waits for the stale set then, and gets one: all of them."""
+    with FakeGuest("liar", "running") as guest, FakeDestination() as fake:
+        leaving = Leaving(pair, guest, fake)
+        fake.control.send(Running(epoch=fake.until_switchover_of(guest).epoch))
+        fake.control.close()
+        control = leaving.dialled()
+        control.send(Recovered(epoch=leaving.epoch, settled=False))
+        fake.greet_data()
+        control.send(Ready())
+        frame = Frame.decode(
+            receive_exactly(fake.bulk, FRAME_HEADER_BYTES), frozenset({FrameKind.STALE}), [(1 << 20, PAGE_BYTES)]
+        )
+        page_count = frame.length_bytes // PAGE_BYTES
+        assert (frame.kind, frame.page_index, page_count) == (FrameKind.STALE, 0, 256)
+        assert pages_of(receive_exactly(fake.bulk, page_count // 8), page_count) == set(range(page_count))
 
 
 def test_destination_killed_before_switchover(pair: Pair) -> None:
@@ -185,7 +145,3 @@ def test_a_guest_that_cannot_come_back_twice(pair: Pair) -> None:
         assert status.state == "stalled"
         assert status.error is not None
         assert status.error.code == "guest-refused"
-
-
-def records(daemon: DaemonProcess) -> list[str]:
-    return [path.name for path in (daemon.runtime_dir / "migrations").iterdir()]

@@ -8,8 +8,8 @@ What stands for what:
   to_*          the control connection, in order; after a cut nothing is sent, and what was in flight is still read or lost
   agent socket  the unix socket to the agent; ends with the daemon's process
 
-Crashes and one reconnection are what recovery will do (a later issue): today's daemons do a part of that, so what holds here
-holds for them. A source that cannot learn what happened leaves its guest paused (state "stalled"): allowed, a person decides.
+Crashes and one reconnection are here in more orders than the daemons have them; their records and how they return: returning.py.
+A source that cannot learn what happened leaves its guest paused (state "stalled"): allowed, a person decides.
 Each field of Guards is one rule; False removes it.
 """
 

@@ -1,6 +1,9 @@
 """What torture has done, for the table at the end; and how much of it there is to be."""
 
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -10,7 +13,7 @@ class Scale:
     long: bool
     seed: int
 
-    def of(self, *, suite: int, torture: int) -> int:
+    def of(self, *, suite: _T, torture: _T) -> _T:
         return torture if self.long else suite
 
 

@@ -103,11 +103,15 @@ class Journey:
         status = self.pair.move(self.runs.name, self.is_at, self.goes_to, precopy=precopy)
         if status.state != "complete":
             raise PostcopyError("migration", expected="complete", got=f"{status.state}: {status.error}", code="migration-failed")
+        self.arrived()
+        return status
+
+    def arrived(self) -> None:
+        """After a migration that is complete: it works at the other daemon, and its old QEMU waits."""
         self.runs.event("waiting")
         self.runs, self.waits = self.waits, self.runs
         self.is_at, self.goes_to = self.goes_to, self.is_at
         self.beats(100)
-        return status
 
     def check(self) -> None:
         """No bad page, no heartbeat lost, no error of its disk. Raises PostcopyError."""
