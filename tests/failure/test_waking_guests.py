@@ -11,6 +11,8 @@ from proto.messages import Accept, Progress, Running, Welcome, encode
 from .fakes import FakeDestination, FakeGuest, FakeSource, receive_exactly
 
 pytestmark = pytest.mark.requires("uffd")
+CLOCKS_APART_SECONDS = 0.001
+"""Of two processors of a virtual machine, at most: seen were 12 us."""
 
 
 def attached(guest: FakeGuest, runtime_dir: Path, **said: object) -> None:
@@ -32,7 +34,7 @@ def test_bulk_leaves_a_waking_guest_alone(pair: Pair, wake_ms: int) -> None:
         fake.control.send(Running(epoch=switchover.epoch))
         fake.control.send(Progress(pages_present=0, faults=0, downtime_ns=1, downtime_uncertainty_ns=0))
         receive_exactly(fake.bulk, 1)
-        assert time.monotonic() - said >= wake_ms / 1000
+        assert time.monotonic() - said >= wake_ms / 1000 - CLOCKS_APART_SECONDS
 
 
 def test_guest_is_taken_by_its_like_only(pair: Pair) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from migrate.host.sentences import KVM_DEVICE
 from migrate.pair import COMMAND, Pair
+from proto.messages import FORESEEN_PAGES_MAX
 
 from ..control.obstacles import OWN_DEV, in_namespace
 from ..path.commuter import Commuter
@@ -24,12 +25,13 @@ def pair() -> Iterator[Pair]:
 
 
 def test_pages_are_asked_for_once_and_faults_are_timed(pair: Pair) -> None:
-    """Without bulk: one remote fault a page, and the guest's own clock has timed every stall."""
+    """Without bulk: one remote fault a page, but for those that were foreseen, and the guest's own clock has timed every stall."""
     commuter = Commuter(pair, "kvm-asks", "4M", options=("--vcpus", "1"), kind="kvm")
     status = commuter.move(bulk=False, precopy="off")
     with commuter.is_at.client() as client:
         there = client.status(status.id)
-    assert there.faults["remote"].count == there.pages["urgent"] == status.pages_total == 1024
+    assert there.pages["urgent"] == status.pages_total == 1024
+    assert 1024 - FORESEEN_PAGES_MAX <= there.faults["remote"].count <= 1024
     assert there.downtime_seconds is not None
     first_touch = commuter.verified["first_touch"]
     assert 1000 <= first_touch["count"] <= 1024
