@@ -283,7 +283,8 @@ class DestinationMigration(Arrival):
             assert self.guest is not None
             self._last_step_ns = switchover.last_step_ns
             assert self._plane is not None
-            self._plane.foresee(switchover.foreseen)
+            if switchover.foreseen:
+                self._plane.foresee(switchover.foreseen)
             # Recorded before the act: from here on the guest may run here, so `aborted` is no longer ours to say.
             self.commit_record()
             self.advance(Event.RESUME_RECORDED)

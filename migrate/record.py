@@ -9,16 +9,18 @@ Written before the act that it describes, so that after any death the file says 
 - ``verdict`` is recorded before it is said: ``aborted``, this guest is never resumed there in that epoch; ``complete``, it is
   whole there.
 
-The two writes that fall into a downtime are prepared before it (``stage``): one rename(2) is left (``commit``). Nothing is
-synced: what survives a power cut is no guest either, and a record of another boot is dropped. The files are 0600, for they hold
-the migration's token.
+The two writes that fall into a downtime are prepared before it (``stage``): one byte is left, which says that the staged record
+holds (``commit``). It is written in place: a rename(2) there costs 100 to 150 us on ext4, this 2 us. Which of two holds says
+``revision``. Nothing is synced: what survives a power cut is no guest either, and a record of another boot is dropped. The files
+are 0600, for they hold the migration's token.
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +30,7 @@ from proto.states import Role
 
 log = structlog.get_logger("postcopy.record")
 FOLDER = "migrations"
+STAGED, HOLDS = b"-", b"+"
 VERDICTS_KEPT = 64
 """Of earlier lives, for a peer that never asked."""
 
@@ -48,6 +51,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: Literal[1] = 1
+    revision: int = Field(default=0, ge=0)
     boot_id: str = Field(default_factory=boot_id)
     role: Role
     migration_id: str = Field(pattern="^[0-9a-f]{32}$")
@@ -63,12 +67,16 @@ class Record(BaseModel):
     ran_there: bool = False
     verdict: Literal["", "aborted", "complete"] = ""
 
+    def changed(self, **changes: object) -> Self:
+        return self.model_copy(update={**changes, "revision": self.revision + 1})
+
 
 class RecordBook:
     """The records of one daemon. Without a directory it keeps none. Raises OSError for what cannot be written: no act follows."""
 
     def __init__(self, runtime_dir: Path | None = None) -> None:
         self._folder = None if runtime_dir is None else folder_of(runtime_dir)
+        self._staged: dict[str, int] = {}
         self.earlier: dict[str, Record] = {}
         """Of lives before this one, by migration, until somebody goes on with them."""
 
@@ -77,20 +85,23 @@ class RecordBook:
         if self._folder is None:
             return
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        found = sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        for path in found:
-            if path.suffix != ".json":
-                path.unlink()
-                continue
-            try:
-                record = Record.model_validate_json(path.read_bytes())
-            except (ValidationError, UnicodeDecodeError) as error:
-                log.error("record that cannot be read: left as it is", path=str(path), reason=type(error).__name__)
+        unreadable: set[str] = set()
+        for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+            record = _read(path)
+            if record is None:
+                unreadable |= {path.stem} if path.exists() else set()
                 continue
             if record.boot_id != boot_id():
                 path.unlink()
                 continue
-            self.earlier[record.migration_id] = record
+            known = self.earlier.get(record.migration_id)
+            if known is None or known.revision < record.revision:
+                self.earlier[record.migration_id] = record
+        for migration_id in unreadable:  # what else there is of it may say too little: nobody decides by that
+            self.earlier.pop(migration_id, None)
+        for path in self._folder.glob("*.staged"):
+            if path.stem in self.earlier:
+                self.write(self.earlier[path.stem])
         decided = [record.migration_id for record in self.earlier.values() if record.verdict]
         for migration_id in decided[: max(0, len(decided) - VERDICTS_KEPT)]:
             self.remove(migration_id)
@@ -102,22 +113,33 @@ class RecordBook:
                 self._folder.rmdir()
 
     def write(self, record: Record) -> None:
-        self.stage(record)
-        self.commit(record.migration_id)
-
-    def stage(self, record: Record) -> None:
-        """All but the rename."""
+        """From here on it holds, and nothing that was staged."""
         if self._folder is None:
             return
         path = self._folder / f"{record.migration_id}.next"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(record.model_dump_json().encode())
+        os.close(_write(path, b"", record))
+        os.rename(path, path.with_suffix(".json"))
+        self._unstage(record.migration_id)
+
+    def stage(self, record: Record) -> None:
+        """All but the byte that makes it hold. What holds now has been written."""
+        if self._folder is not None:
+            self._unstage(record.migration_id)
+            path = self._folder / f"{record.migration_id}.staged"
+            self._staged[record.migration_id] = _write(path, STAGED, record)
 
     def commit(self, migration_id: str) -> None:
         """What is staged holds from here on."""
         if self._folder is not None:
-            os.rename(self._folder / f"{migration_id}.next", self._folder / f"{migration_id}.json")
+            os.pwrite(self._staged[migration_id], HOLDS, 0)
+            os.close(self._staged.pop(migration_id))
+
+    def _unstage(self, migration_id: str) -> None:
+        descriptor = self._staged.pop(migration_id, None)
+        if descriptor is not None:
+            os.close(descriptor)
+        if self._folder is not None:
+            (self._folder / f"{migration_id}.staged").unlink(missing_ok=True)
 
     def remove(self, migration_id: str) -> None:
         """Nothing hangs on it any more. Safe for a migration of which there is none."""
@@ -125,9 +147,38 @@ class RecordBook:
         if self._folder is not None:
             for suffix in ("next", "json"):
                 (self._folder / f"{migration_id}.{suffix}").unlink(missing_ok=True)
+        self._unstage(migration_id)
 
     def of_guest(self, role: Role, guest_id: str, files: Iterable[tuple[int, int]]) -> Record | None:
         """Of an earlier life, the newest; by the guest's memory files: a name alone says nothing."""
         wanted = list(files)
         newest_first = reversed(self.earlier.values())
         return next((one for one in newest_first if (one.role, one.guest_id, one.files) == (role, guest_id, wanted)), None)
+
+
+def _write(path: Path, prefix: bytes, record: Record) -> int:
+    """The file's descriptor, still open. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        data = prefix + record.model_dump_json().encode()
+        if os.write(descriptor, data) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _read(path: Path) -> Record | None:
+    """What holds. What was only being written, or staged, has not happened: its file goes."""
+    data = path.read_bytes()
+    if path.suffix == ".staged" and data.startswith(HOLDS):
+        data = data[1:]
+    elif path.suffix != ".json":
+        path.unlink()
+        return None
+    try:
+        return Record.model_validate_json(data)
+    except (ValidationError, UnicodeDecodeError) as error:
+        log.error("record that cannot be read: left as it is", path=str(path), reason=type(error).__name__)
+        return None

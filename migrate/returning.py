@@ -52,7 +52,7 @@ def decide(daemon: "Daemon") -> None:
 
 def _conclude(daemon: "Daemon", record: Record, verdict: str) -> None:
     """Recorded before it is said."""
-    concluded = record.model_copy(update={"verdict": verdict})
+    concluded = record.changed(verdict=verdict)
     daemon.records.write(concluded)
     daemon.records.earlier[record.migration_id] = concluded
     log.info("migration of an earlier life", guest=record.guest_id, migration=record.migration_id, verdict=verdict)

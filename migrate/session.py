@@ -196,13 +196,13 @@ class Migration:
     def keep_record(self, **changes: object) -> None:
         """Before the act that it describes. Raises OSError: then that must not follow."""
         if self.record is not None:
-            self.record = self.record.model_copy(update=changes)
+            self.record = self.record.changed(**changes)
             self.records.write(self.record)
 
     def stage_record(self, **changes: object) -> None:
         """The same for an act within a downtime: ``commit_record`` is left."""
         if self.record is not None:
-            self.record = self.record.model_copy(update=changes)
+            self.record = self.record.changed(**changes)
             self.records.stage(self.record)
 
     def commit_record(self) -> None:

@@ -25,7 +25,7 @@ def pair() -> Iterator[Pair]:
 
 
 def test_pages_are_asked_for_once_and_faults_are_timed(pair: Pair) -> None:
-    """Without bulk: one remote fault a page, but for those that were foreseen, and the guest's own clock has timed every stall."""
+    """Without bulk: one remote fault a page, but for those that were foreseen; the guest's own clock has timed every stall."""
     commuter = Commuter(pair, "kvm-asks", "4M", options=("--vcpus", "1"), kind="kvm")
     status = commuter.move(bulk=False, precopy="off")
     with commuter.is_at.client() as client:
