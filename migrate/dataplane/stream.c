@@ -14,6 +14,7 @@
 #include "schedule.h"
 #include "source.h"
 
+#define SETTLE_AFTER_NS 500000
 #define RUN_BYTES_FAULTS (64u << 10) /* while faults come: what a fault may have to wait behind */
 #define ROUNDS_AFTER_FAULT 16
 
@@ -76,6 +77,14 @@ static bool stream_round(struct stream_context *context, struct loop_result *res
     return run_send(&context->sender, region, page_index, run_pages, result);
 }
 
+/* The exchange goes first: a scan that begins with it wants the CPUs, caches and sockets of both daemons, and costs the downtime 0.2 ms. */
+static bool out_of_the_way(const struct source *source, struct loop_result *result)
+{
+    struct pollfd polled = {.fd = source->stop_fd, .events = POLLIN};
+    struct timespec timeout = {.tv_nsec = SETTLE_AFTER_NS};
+    return ppoll(&polled, 1, &timeout, NULL) <= 0 || result_fail(result, LOOP_STOPPED, 0, "ppoll");
+}
+
 /* After precopy: beside the guest's first steps at the destination, not before them. */
 static bool settled(struct stream_context *context, uint32_t stream, struct loop_result *result)
 {
@@ -84,7 +93,7 @@ static bool settled(struct stream_context *context, uint32_t stream, struct loop
         return true;
     if (stream != 0)
         return wait_ready(source->settled_fd, POLLIN, source->stop_fd, result);
-    if (!wait_ready(source->open_fd, POLLIN, source->stop_fd, result) || !source_settle(source, &context->sender.channel, result))
+    if (!wait_ready(source->open_fd, POLLIN, source->stop_fd, result) || !out_of_the_way(source, result) || !source_settle(source, &context->sender.channel, result))
         return false;
     eventfd_write(source->settled_fd, 1);
     return true;
