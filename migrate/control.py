@@ -103,6 +103,7 @@ class ControlConnection(asyncio.Protocol):
         """From now on say heartbeats, and fail when the peer has stopped saying them."""
         loop = asyncio.get_running_loop()
         late_seconds = loop.time() - self._beat_due_seconds if self._beat is not None else 0.0
+        self._pings = 0  # by our own clock: no word of the peer's lifts the bound
         if self._transport is None or self._transport.is_closing():
             return
         self.send(Heartbeat())

@@ -422,10 +422,13 @@ class Daemon:
         self.store.take_back()
         group_id = None if self._socket_group is None else socket_group_id(self._socket_group)
         make_private(self.runtime_dir, group_id)
+        info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
+        guests = unix_listener(
+            self.runtime_dir / GUEST_SOCKET, group_id
+        )  # before the records: refused where a daemon answers already
+        api = unix_listener(self.runtime_dir / API_SOCKET, group_id)
         self.records.open()
         returning.decide(self)
-        info: dict[str, object] = {"role": self.role, "pid": os.getpid()}
-        guests = unix_listener(self.runtime_dir / GUEST_SOCKET, group_id)
         self._keep(loop.create_task(self._accept_guests(guests)))
         if self._listen_at is not None:
             self._require_safe(self._listen_at, "migration")
@@ -433,7 +436,7 @@ class Daemon:
             info["migration_address"] = self.addresses["migration"] = str(Address(*listener.getsockname()[:2]))
             self._keep(loop.create_task(self._accept_peers(listener)))
         http = HttpServers(self)
-        await http.start_api(unix_listener(self.runtime_dir / API_SOCKET, group_id))
+        await http.start_api(api)
         if self._metrics_at is not None:
             require_explicit(self._metrics_at, "metrics", insecure=self.insecure)
             metrics = listen(self._metrics_at)

@@ -62,4 +62,5 @@ class Departure(Migration):
         )
 
     def faults_count(self) -> int:
-        return max(self._faults_there, self.figures().get("requests", 0))
+        """As the destination tells it; until it does, what it has asked for."""
+        return self._faults_there or self.figures().get("requests", 0)

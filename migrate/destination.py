@@ -7,6 +7,7 @@ waits likewise. In both the operator may give the source up: ABANDONED (dataplan
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Callable
 from functools import partial
@@ -487,11 +488,9 @@ class DestinationMigration(Arrival):
             result = await self.on_own_thread("abandon", plane.abandon)
         except asyncio.CancelledError:
             return self._failed(_ending()) if self.state is State.PAUSED else _ending()
-        ended = result.reason in (
-            "finished",
-            "guest-gone",
-        )  # gone: perhaps it has touched a lost page; it is given up all the same
-        if not ended or self._plane is None:
+        # Gone as a whole, perhaps since it touched a lost page: it is given up all the same.
+        gone = result.reason == "guest-gone" and result.error_number == errno.ESRCH
+        if not (gone or result.reason == "finished") or self._plane is None:
             error = result.error()
             return self._failed(error) if self.state is State.PAUSED else error
         runs, run_count = plane.lost(LOST_RUNS_MAX)
@@ -532,7 +531,7 @@ class DestinationMigration(Arrival):
         with contextlib.suppress(OSError):  # the guest itself says that it is whole
             self.keep_record(verdict="complete")
         self.guest.became_running()
-        self.guest.on_discard = None
+        self.guest.on_discard = self.guest.on_failed = None
         self.guest.send(GuestComplete())
         self._summarize()
         self.error = None

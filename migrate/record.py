@@ -85,6 +85,8 @@ class RecordBook:
         if self._folder is None:
             return
         self._folder.mkdir(mode=0o700, exist_ok=True)
+        for path in self._folder.glob("*.staged"):  # out of the reach of a daemon that lives on, stopped perhaps: see commit
+            path.rename(path.with_suffix(".taken"))
         unreadable: set[str] = set()
         for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
             record = _read(path)
@@ -99,9 +101,10 @@ class RecordBook:
                 self.earlier[record.migration_id] = record
         for migration_id in unreadable:  # what else there is of it may say too little: nobody decides by that
             self.earlier.pop(migration_id, None)
-        for path in self._folder.glob("*.staged"):
+        for path in self._folder.glob("*.taken"):
             if path.stem in self.earlier:
                 self.write(self.earlier[path.stem])
+                path.unlink()
         decided = [record.migration_id for record in self.earlier.values() if record.verdict]
         for migration_id in decided[: max(0, len(decided) - VERDICTS_KEPT)]:
             self.remove(migration_id)
@@ -129,10 +132,16 @@ class RecordBook:
             self._staged[record.migration_id] = _write(path, STAGED, record)
 
     def commit(self, migration_id: str) -> None:
-        """What is staged holds from here on."""
-        if self._folder is not None:
-            os.pwrite(self._staged[migration_id], HOLDS, 0)
-            os.close(self._staged.pop(migration_id))
+        """What is staged holds from here on. Raises OSError where another daemon has taken it: it may have read it before."""
+        if self._folder is None:
+            return
+        descriptor, path = self._staged.pop(migration_id), self._folder / f"{migration_id}.staged"
+        try:
+            os.pwrite(descriptor, HOLDS, 0)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                raise FileNotFoundError(errno.ENOENT, "another daemon goes on with this record", str(path))
+        finally:
+            os.close(descriptor)
 
     def _unstage(self, migration_id: str) -> None:
         descriptor = self._staged.pop(migration_id, None)
@@ -172,7 +181,7 @@ def _write(path: Path, prefix: bytes, record: Record) -> int:
 def _read(path: Path) -> Record | None:
     """What holds. What was only being written, or staged, has not happened: its file goes."""
     data = path.read_bytes()
-    if path.suffix == ".staged" and data.startswith(HOLDS):
+    if path.suffix == ".taken" and data.startswith(HOLDS):
         data = data[1:]
     elif path.suffix != ".json":
         path.unlink()

@@ -82,16 +82,24 @@ bool wait_ready(int fd, short events, int stop_fd, struct loop_result *result)
     }
 }
 
+bool channel_wait_room(int socket, uint64_t *blocked_ns, int stop_fd, struct loop_result *result)
+{
+    uint64_t began_ns = clock_monotonic_ns();
+    bool ready = wait_ready(socket, POLLOUT, stop_fd, result);
+    *blocked_ns += clock_monotonic_ns() - began_ns;
+    return ready;
+}
+
 bool channel_send_all(struct channel *channel, struct iovec *pieces, int piece_count, int stop_fd, struct loop_result *result)
 {
     if (channel->tls)
-        return tls_send_all(channel->tls, pieces, piece_count, channel->send_flags, stop_fd, result);
+        return tls_send_all(channel->tls, pieces, piece_count, channel->send_flags, &channel->blocked_ns, stop_fd, result);
     while (piece_count > 0) {
         struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)piece_count};
         ssize_t sent_bytes = moved_or_failed(sendmsg(channel->socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL | channel->send_flags), "sendmsg", result);
         if (sent_bytes < 0)
             return false;
-        if (sent_bytes == 0 && !wait_ready(channel->socket, POLLOUT, stop_fd, result))
+        if (sent_bytes == 0 && !channel_wait_room(channel->socket, &channel->blocked_ns, stop_fd, result))
             return false;
         size_t left_bytes = (size_t)sent_bytes;
         while (piece_count > 0 && left_bytes >= pieces->iov_len) {

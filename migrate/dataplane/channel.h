@@ -4,6 +4,7 @@
 
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
@@ -15,6 +16,7 @@ struct channel {
     int socket; /* borrowed */
     struct tls_session *tls; /* that is on it, or NULL */
     size_t expected_bytes;
+    uint64_t blocked_ns; /* that channel_send_all has waited for room in the socket, in all */
     int send_flags; /* MSG_EOR: what is sent in one call leaves in one packet or run of packets, not joined to others */
 };
 
@@ -37,6 +39,8 @@ bool channel_has_input(const struct channel *channel);
 /* wait_ready for input. */
 bool channel_wait(const struct channel *channel, int stop_fd, struct loop_result *result);
 
+/* wait_ready for room in the socket, timed. */
+bool channel_wait_room(int socket, uint64_t *blocked_ns, int stop_fd, struct loop_result *result);
 /* Wait until fd is ready for events. True: it is. False: stop_fd became readable (LOOP_STOPPED) or poll failed. */
 bool wait_ready(int fd, short events, int stop_fd, struct loop_result *result);
 

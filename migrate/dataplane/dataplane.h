@@ -131,7 +131,7 @@ int destination_marked_fd(const struct destination *destination);
 /* The guest has been resumed here: what comes unasked from now on is final. */
 void destination_open(struct destination *destination);
 /* Once, when the source's guest is paused for good: these pages, numbered through all regions, the guest will touch first, so they are
- * asked for before it does, all together, and mapped as they come. Beyond FORESEEN_MAX, or outside of its memory: not. */
+ * asked for before it does, all together, and mapped as they come. Beyond FORESEEN_MAX, outside of its memory, or large: not. */
 void destination_foresee(struct destination *destination, const uint64_t *pages, uint32_t page_count);
 /* Before the loops begin: a REMOVE event (MADV_REMOVE) makes pages that are not here yet zero. Without this it means nothing
  * (MADV_DONTNEED of shared memory, which raises the same event, keeps the data): events are only read. */

@@ -137,6 +137,8 @@ static void fetch_foreseen(struct fault_context *context)
     for (uint32_t i = 0; i < destination->foreseen_count; i++) {
         uint64_t page = destination->foreseen[i];
         const struct region *region = memory_at_page(&destination->memory, page);
+        if (region->page_chunks > 0) /* a fault on another one would wait behind it for as long as it takes */
+            continue;
         uint8_t seen = page_want(&destination->state[page]);
         if (seen != PAGE_ABSENT && seen != PAGE_HELD && seen != PAGE_HELD_ZERO)
             continue; /* it is here, or a fault was faster */

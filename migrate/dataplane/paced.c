@@ -145,19 +145,18 @@ static bool look(const struct channel *channel, struct paced_link *link, uint64_
     return true;
 }
 
-static void note_sent(struct paced *paced, struct paced_link *link, const struct channel *channel, uint64_t sent_bytes, uint64_t began_ns)
+static void note_sent(struct paced *paced, struct paced_link *link, const struct channel *channel, uint64_t sent_bytes)
 {
     uint64_t now_ns = clock_monotonic_ns();
-    link->blocked_ns += now_ns - began_ns;
     struct pacer_sample sample = {0};
     bool due = !paced->never && !link->nearby && now_ns - link->sampled_ns >= SAMPLE_NS;
     if (due && !link->known)
         link->nearby = is_nearby(channel);
     bool seen = due && !link->nearby && look(channel, link, now_ns, &sample);
     if (due) {
-        sample.blocked_ns = link->blocked_ns;
+        sample.blocked_ns = channel->blocked_ns - link->blocked_ns;
         link->sampled_ns = now_ns;
-        link->blocked_ns = 0;
+        link->blocked_ns = channel->blocked_ns;
     }
     pthread_mutex_lock(&paced->lock);
     pacer_sent(&paced->pacer, now_ns, sent_bytes);
@@ -211,10 +210,9 @@ bool paced_send(struct paced *paced, struct paced_link *link, struct channel *ch
         if (part_bytes == 0)
             return false;
         int part_count = cut(&pieces, &piece_count, part_bytes, parts, &sent_bytes);
-        uint64_t began_ns = clock_monotonic_ns();
         if (!channel_send_all(channel, parts, part_count, stop_fd, result))
             return false;
-        note_sent(paced, link, channel, sent_bytes, began_ns);
+        note_sent(paced, link, channel, sent_bytes);
     }
     return true;
 }

@@ -23,7 +23,7 @@ struct paced_link {
     bool nearby;   /* the peer is on this host: there is no device in whose queue bulk could stand in front of urgent */
     bool by_turns; /* its thread sleeps between pieces, and is scheduled for that */
     uint64_t sampled_ns, acked_bytes, starved_us, unacked_bytes;
-    uint64_t blocked_ns; /* for room in the socket, since sampled_ns: a full one lets go when a third of it is free */
+    uint64_t blocked_ns; /* the channel's, at sampled_ns: a full socket lets go when a third of it is free */
 };
 
 void paced_init(struct paced *paced, _Atomic uint64_t *waited_ns);

@@ -94,7 +94,8 @@ static bool settled(struct stream_context *context, uint32_t stream, struct loop
         return true;
     if (stream != 0)
         return wait_ready(source->settled_fd, POLLIN, source->stop_fd, result);
-    if (!wait_ready(source->open_fd, POLLIN, source->stop_fd, result) || !out_of_the_way(source, result) || !source_settle(source, &context->sender.channel, result))
+    if (!wait_ready(source->open_fd, POLLIN, source->stop_fd, result) || !out_of_the_way(source, result) ||
+        !source_settle(source, &context->sender.channel, result))
         return false;
     eventfd_write(source->settled_fd, 1);
     return true;

@@ -61,6 +61,7 @@ struct tls_session *tls_on(int socket);
 bool tls_has_input(const struct tls_session *session);
 ssize_t tls_receive(struct tls_session *session, void *buffer, size_t capacity_bytes, struct loop_result *result);
 ssize_t tls_send(struct tls_session *session, const void *bytes, size_t size_bytes, struct loop_result *result);
-bool tls_send_all(struct tls_session *session, struct iovec *pieces, int piece_count, int send_flags, int stop_fd, struct loop_result *result);
+bool tls_send_all(struct tls_session *session, struct iovec *pieces, int piece_count, int send_flags, uint64_t *blocked_ns, int stop_fd,
+                  struct loop_result *result);
 
 #endif

@@ -190,7 +190,7 @@ ssize_t tls_send(struct tls_session *session, const void *bytes, size_t size_byt
     return taken_bytes;
 }
 
-static bool flush_all(struct tls_session *session, int stop_fd, struct loop_result *result)
+static bool flush_all(struct tls_session *session, uint64_t *blocked_ns, int stop_fd, struct loop_result *result)
 {
     for (;;) {
         int flushed = tls_flush(session);
@@ -198,7 +198,7 @@ static bool flush_all(struct tls_session *session, int stop_fd, struct loop_resu
             return failed(session, "send", result);
         if (flushed > 0)
             return true;
-        if (!wait_ready(session->socket, POLLOUT, stop_fd, result))
+        if (!channel_wait_room(session->socket, blocked_ns, stop_fd, result))
             return false;
     }
 }
@@ -226,17 +226,18 @@ static const char *next_record(struct iovec **pieces, int *piece_count, char *ga
     return from;
 }
 
-bool tls_send_all(struct tls_session *session, struct iovec *pieces, int piece_count, int send_flags, int stop_fd, struct loop_result *result)
+bool tls_send_all(struct tls_session *session, struct iovec *pieces, int piece_count, int send_flags, uint64_t *blocked_ns, int stop_fd,
+                  struct loop_result *result)
 {
     char gathered[TLS_RECORD_BYTES];
     session->send_flags = send_flags;
     while (piece_count > 0) {
         size_t record_bytes;
         const char *from = next_record(&pieces, &piece_count, gathered, &record_bytes);
-        if (session->out_end + TLS_RECORD_BYTES > OUT_BYTES && !flush_all(session, stop_fd, result))
+        if (session->out_end + TLS_RECORD_BYTES > OUT_BYTES && !flush_all(session, blocked_ns, stop_fd, result))
             return false;
         if (record_bytes > 0 && !encrypt(session, from, record_bytes, result))
             return false;
     }
-    return flush_all(session, stop_fd, result);
+    return flush_all(session, blocked_ns, stop_fd, result);
 }

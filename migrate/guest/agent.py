@@ -1,8 +1,9 @@
 """The agent: attaches a guest to its daemon, passes descriptors, answers pause and resume, keeps the userfaultfd.
 
-One thread, plain blocking sockets, never touches guest memory. It serves one daemon connection at a time. The duplicate
-of the userfaultfd stays open here until the daemon says ``complete``: with the last descriptor gone, absent pages would
-read as zeroes (P3). After ``released`` the guest may offer itself again with new descriptors, as a waiting guest.
+One thread, plain blocking sockets, never touches guest memory (but ``foreseen`` may read page tables). It serves one daemon
+connection at a time. The duplicate of the userfaultfd stays open here until the daemon says ``complete``: with the last
+descriptor gone, absent pages would read as zeroes (P3). After ``released`` the guest may offer itself again with new
+descriptors, as a waiting guest.
 
 A daemon that is lost amid a migration can come back (P6): the guest attaches again and says where it stands, paused or resumed
 here, with all descriptors, the page states among them. All that the old connection brought has been read by then.

@@ -13,7 +13,7 @@ from migrate.host.rights import CAP_IPC_LOCK, Rights, read_text
 
 SHARED_MEMORY = Path("/dev/shm")
 DAEMON_DESCRIPTORS = 32
-MIGRATION_DESCRIPTORS = 14
+MIGRATION_DESCRIPTORS = 15
 """Open files of a daemon at rest, and what a guest with its migration adds (tests/control/test_doctor.py counts them)."""
 FILES_WANTED = DAEMON_DESCRIPTORS + 32 * MIGRATION_DESCRIPTORS
 THREADS_WANTED = 64

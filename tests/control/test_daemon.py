@@ -17,6 +17,7 @@ from migrate.client import DaemonClient, ServerEvent
 from migrate.config import make_private
 from migrate.errors import HostLacksError, PostcopyError
 from migrate.pair import Pair, Process
+from migrate.record import FOLDER, STAGED
 from proto.messages import Cancel
 
 from ..failure.fakes import FakeDestination, FakeGuest
@@ -140,12 +141,15 @@ def test_idle_daemon_ends_at_once_and_leaves_nothing(daemon: WatchedDaemon, numb
     assert list(daemon.runtime_dir.iterdir()) == []
 
 
-def test_second_daemon_does_not_take_the_sockets(daemon: WatchedDaemon, cli: Cli) -> None:
+def test_second_daemon_takes_neither_sockets_nor_records(daemon: WatchedDaemon, cli: Cli) -> None:
+    staged = daemon.runtime_dir / FOLDER / f"{'0' * 32}.staged"
+    staged.write_bytes(STAGED)
     run = cli("source", "--runtime-dir", str(daemon.runtime_dir), "--metrics", "off")
     assert run.returncode == 1
     assert "expected no other daemon, got one answers: choose another --runtime-dir" in run.stderr
     with daemon.client() as client:
         assert client.daemon()["role"] == "source"
+    assert staged.read_bytes() == STAGED
 
 
 def test_sockets_of_a_daemon_that_was_killed_are_taken_over(tmp_path: Path) -> None:

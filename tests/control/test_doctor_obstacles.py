@@ -201,7 +201,7 @@ def test_nobody_in_a_narrow_place() -> None:
     assert shared.remedy == "mount -o remount,size=50% /dev/shm (docker: --shm-size)"
     files = told["open-files"]
     assert (files.verdict, files.remedy) == ("limited", "ulimit -n 4096 (systemd: LimitNOFILE=4096)")
-    assert files.reason == "256 open files (hard limit 512): a daemon moves 16 guests at once"
+    assert files.reason == "256 open files (hard limit 512): a daemon moves 14 guests at once"
     locked = told["memory-locking"]
     assert (locked.verdict, locked.remedy) == ("limited", "ulimit -l unlimited (systemd: LimitMEMLOCK=infinity)")
     grains = told["page-granularity"]

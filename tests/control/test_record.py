@@ -109,7 +109,32 @@ def test_beside_one_that_cannot_be_read_nothing_is_believed(tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
         assert book(tmp_path).earlier == {}
-    assert path.exists()
+    assert path.with_suffix(".taken").exists()
+
+
+def test_what_another_daemon_has_taken_is_committed_no_more(tmp_path: Path) -> None:
+    """It may have read that nothing had happened: so nothing must happen."""
+    records = book(tmp_path)
+    records.write(fresh())
+    records.stage(fresh(may_run_there=True))
+    assert book(tmp_path).earlier == {ID: fresh()}
+    with pytest.raises(OSError, match="No such file"):
+        records.commit(ID)
+    assert next_life(tmp_path) == fresh()
+
+
+def test_a_death_while_records_are_taken_over(tmp_path: Path) -> None:
+    """Between any two steps: what was committed holds."""
+    records = book(tmp_path)
+    records.write(fresh())
+    records.stage(fresh(may_run_there=True))
+    records.commit(ID)
+    staged = tmp_path / FOLDER / f"{ID}.staged"
+    staged.rename(staged.with_suffix(".taken"))
+    kept = staged.with_suffix(".taken").read_bytes()
+    assert next_life(tmp_path) == fresh(may_run_there=True)
+    staged.with_suffix(".taken").write_bytes(kept)
+    assert next_life(tmp_path) == fresh(may_run_there=True)
 
 
 def test_a_full_disk_is_an_error_before_the_act(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

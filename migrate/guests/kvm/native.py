@@ -110,7 +110,6 @@ class KvmMachine:
         self._state = ffi.new("uint8_t[]", lib.MACHINE_STATE_BYTES_MAX)  # made here: save lies in the downtime
         self._why = ffi.new("const char **")
         self._blocks = ffi.new("uint64_t[]", FORESEEN_PAGES_MAX)
-        self._regions = tuple(regions)
         self._large = any(region.page_bytes != 4096 for region in regions)
 
     def close(self) -> None:
@@ -145,19 +144,11 @@ class KvmMachine:
 
     def foreseen(self) -> list[int]:
         """Pages on which its vCPUs stand (foreseen.c), by their numbers through all regions. Paused only; none otherwise."""
+        if self._large:  # each would keep a fault on another waiting
+            return []
         count = lib.machine_foreseen(self._pointer, self._blocks, len(self._blocks))
         blocks: list[int] = ffi.unpack(self._blocks, count)
-        return list(dict.fromkeys(map(self._page, blocks))) if self._large else blocks
-
-    def _page(self, block: int) -> int:
-        """Of the guest's physical memory, which is its regions one after the other."""
-        offset_bytes, first_page = block * 4096, 0
-        for region in self._regions:
-            if offset_bytes < region.size_bytes:
-                return first_page + offset_bytes // region.page_bytes
-            offset_bytes -= region.size_bytes
-            first_page += region.size_bytes // region.page_bytes
-        raise ValueError("beyond the guest's memory")
+        return blocks
 
     def load(self, state: bytes) -> None:
         """Take over what ``save`` gave; paused then. Raises StateRefusedError."""
