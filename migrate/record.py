@@ -89,9 +89,13 @@ class RecordBook:
             path.rename(path.with_suffix(".taken"))
         unreadable: set[str] = set()
         for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-            record = _read(path)
+            data = _held(path)
+            if data is None:  # what was only being written, or staged, has not happened
+                path.unlink()
+                continue
+            record = _parsed(path, data)
             if record is None:
-                unreadable |= {path.stem} if path.exists() else set()
+                unreadable.add(path.stem)
                 continue
             if record.boot_id != boot_id():
                 path.unlink()
@@ -178,14 +182,15 @@ def _write(path: Path, prefix: bytes, record: Record) -> int:
     return descriptor
 
 
-def _read(path: Path) -> Record | None:
-    """What holds. What was only being written, or staged, has not happened: its file goes."""
+def _held(path: Path) -> bytes | None:
+    """The record in this file, if it holds."""
     data = path.read_bytes()
     if path.suffix == ".taken" and data.startswith(HOLDS):
-        data = data[1:]
-    elif path.suffix != ".json":
-        path.unlink()
-        return None
+        return data[len(HOLDS) :]
+    return data if path.suffix == ".json" else None
+
+
+def _parsed(path: Path, data: bytes) -> Record | None:
     try:
         return Record.model_validate_json(data)
     except (ValidationError, UnicodeDecodeError) as error:

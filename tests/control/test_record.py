@@ -26,6 +26,21 @@ def book(runtime_dir: Path) -> RecordBook:
     return made
 
 
+def staged(runtime_dir: Path) -> RecordBook:
+    """Of a daemon just before the act that is recorded."""
+    records = book(runtime_dir)
+    records.write(fresh())
+    records.stage(fresh(may_run_there=True))
+    return records
+
+
+def committed(runtime_dir: Path) -> RecordBook:
+    """And just after it has been recorded."""
+    records = staged(runtime_dir)
+    records.commit(ID)
+    return records
+
+
 def next_life(runtime_dir: Path) -> Record | None:
     """What the next daemon finds; and the one after it, which must not find another."""
     found = book(runtime_dir).earlier.get(ID)
@@ -36,17 +51,12 @@ def next_life(runtime_dir: Path) -> Record | None:
 
 
 def test_what_is_only_staged_has_not_happened(tmp_path: Path) -> None:
-    records = book(tmp_path)
-    records.write(fresh())
-    records.stage(fresh(may_run_there=True))
+    staged(tmp_path)
     assert next_life(tmp_path) == fresh()
 
 
 def test_what_is_committed_holds(tmp_path: Path) -> None:
-    records = book(tmp_path)
-    records.write(fresh())
-    records.stage(fresh(may_run_there=True))
-    records.commit(ID)
+    committed(tmp_path)
     assert next_life(tmp_path) == fresh(may_run_there=True)
 
 
@@ -64,10 +74,7 @@ def test_what_is_written_later_holds(tmp_path: Path) -> None:
 
 
 def test_removed(tmp_path: Path) -> None:
-    records = book(tmp_path)
-    records.write(fresh())
-    records.stage(fresh(may_run_there=True))
-    records.commit(ID)
+    records = committed(tmp_path)
     records.remove(ID)
     assert next_life(tmp_path) is None
     records.remove(ID)
@@ -101,10 +108,7 @@ def test_one_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, spoil: Callabl
 
 def test_beside_one_that_cannot_be_read_nothing_is_believed(tmp_path: Path) -> None:
     """What was committed and is damaged said more than the older one does."""
-    records = book(tmp_path)
-    records.write(fresh())
-    records.stage(fresh(may_run_there=True))
-    records.commit(ID)
+    committed(tmp_path)
     path = tmp_path / FOLDER / f"{ID}.staged"
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
@@ -114,9 +118,7 @@ def test_beside_one_that_cannot_be_read_nothing_is_believed(tmp_path: Path) -> N
 
 def test_what_another_daemon_has_taken_is_committed_no_more(tmp_path: Path) -> None:
     """It may have read that nothing had happened: so nothing must happen."""
-    records = book(tmp_path)
-    records.write(fresh())
-    records.stage(fresh(may_run_there=True))
+    records = staged(tmp_path)
     assert book(tmp_path).earlier == {ID: fresh()}
     with pytest.raises(OSError, match="No such file"):
         records.commit(ID)
@@ -125,15 +127,12 @@ def test_what_another_daemon_has_taken_is_committed_no_more(tmp_path: Path) -> N
 
 def test_a_death_while_records_are_taken_over(tmp_path: Path) -> None:
     """Between any two steps: what was committed holds."""
-    records = book(tmp_path)
-    records.write(fresh())
-    records.stage(fresh(may_run_there=True))
-    records.commit(ID)
-    staged = tmp_path / FOLDER / f"{ID}.staged"
-    staged.rename(staged.with_suffix(".taken"))
-    kept = staged.with_suffix(".taken").read_bytes()
+    committed(tmp_path)
+    path = tmp_path / FOLDER / f"{ID}.staged"
+    path.rename(path.with_suffix(".taken"))
+    kept = path.with_suffix(".taken").read_bytes()
     assert next_life(tmp_path) == fresh(may_run_there=True)
-    staged.with_suffix(".taken").write_bytes(kept)
+    path.with_suffix(".taken").write_bytes(kept)
     assert next_life(tmp_path) == fresh(may_run_there=True)
 
 
