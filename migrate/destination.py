@@ -7,7 +7,6 @@ waits likewise. In both the operator may give the source up: ABANDONED (dataplan
 
 import asyncio
 import contextlib
-import errno
 import os
 from collections.abc import Callable
 from functools import partial
@@ -488,9 +487,8 @@ class DestinationMigration(Arrival):
             result = await self.on_own_thread("abandon", plane.abandon)
         except asyncio.CancelledError:
             return self._failed(_ending()) if self.state is State.PAUSED else _ending()
-        # Gone as a whole, perhaps since it touched a lost page: it is given up all the same.
-        gone = result.reason == "guest-gone" and result.error_number == errno.ESRCH
-        if not (gone or result.reason == "finished") or self._plane is None:
+        # Gone, perhaps since it touched a lost page: it is given up all the same. One that dies loses its mappings first.
+        if result.reason not in ("finished", "guest-gone") or self._plane is None:
             error = result.error()
             return self._failed(error) if self.state is State.PAUSED else error
         runs, run_count = plane.lost(LOST_RUNS_MAX)
