@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from migrate.switchover import Quiet
 
-EVENTS_KEPT = 1024
+EVENTS_KEPT = 512
 WAKE_SECONDS = 0.005
 """How long a reader sleeps on after an event: what happens in one burst is told in one piece."""
 

@@ -30,7 +30,7 @@ COMPILER = (
     "-Imigrate/uffd",
 )
 CORE = ("migrate/dataplane", "migrate/guest", "migrate/uffd")
-C_FOLDERS = (*CORE, "proto", "tests/path", "tests/failure")
+C_FOLDERS = (*CORE, "proto", "tests", "tests/path", "tests/failure")
 
 
 @dataclass(frozen=True)

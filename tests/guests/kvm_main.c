@@ -14,19 +14,12 @@
 
 #include "machine.h"
 #include "program.h"
+#include "../check.h"
 
 #define VCPUS 2
 #define DEADLINE_NS UINT64_C(20000000000)
 #define PROGRAM_DEADLINE_SECONDS 110
 #define ROLLED_BACK_ATTEMPTS 10
-
-#define CHECK(condition)                                                            \
-    do {                                                                            \
-        if (!(condition)) {                                                         \
-            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-            exit(1);                                                                \
-        }                                                                           \
-    } while (0)
 
 struct host {
     char *memory;

@@ -8,6 +8,7 @@
 
 #include "state.h"
 #include "verify.h"
+#include "../check.h"
 
 #define VCPUS 2
 #define MEMORY_BYTES (UINT64_C(64) << 20)
@@ -15,14 +16,6 @@
 #define HEADER_BYTES 40
 #define CHECKSUM_OFFSET 8
 #define SIZE_OFFSET 32
-
-#define CHECK(condition)                                                            \
-    do {                                                                            \
-        if (!(condition)) {                                                         \
-            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-            exit(1);                                                                \
-        }                                                                           \
-    } while (0)
 
 static struct machine_state *wanted(void)
 {

@@ -14,18 +14,11 @@
 #include <unistd.h>
 
 #include "workload.h"
+#include "../check.h"
 
 #define THREADS 3
 #define PAUSE_DEADLINE_NS UINT64_C(20000000000)
 #define PROGRAM_DEADLINE_SECONDS 110
-
-#define CHECK(condition)                                                                    \
-    do {                                                                                    \
-        if (!(condition)) {                                                                 \
-            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
-            exit(1);                                                                        \
-        }                                                                                   \
-    } while (0)
 
 struct host {
     char *memory;

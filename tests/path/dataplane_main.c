@@ -18,14 +18,7 @@
 #include "pages.h"
 #include "patience.h"
 #include "uffd.h"
-
-#define CHECK(condition)                                                                    \
-    do {                                                                                    \
-        if (!(condition)) {                                                                 \
-            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);         \
-            exit(1);                                                                        \
-        }                                                                                   \
-    } while (0)
+#include "../check.h"
 
 #define TOUCHERS 2
 

@@ -16,14 +16,7 @@
 
 #include "histogram.h"
 #include "paced.h"
-
-#define CHECK(condition) ((condition) ? (void)0 : fail(#condition, __LINE__))
-
-static void fail(const char *condition, int line)
-{
-    fprintf(stderr, "pacer_main.c:%d: does not hold: %s\n", line, condition);
-    exit(1);
-}
+#include "../check.h"
 
 #define US UINT64_C(1000)
 #define MS UINT64_C(1000000)

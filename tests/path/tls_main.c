@@ -15,14 +15,7 @@
 
 #include "channel.h"
 #include "tls.h"
-
-#define CHECK(condition)                                                             \
-    do {                                                                             \
-        if (!(condition)) {                                                          \
-            fprintf(stderr, "%s:%d: %s (errno %d)\n", __FILE__, __LINE__, #condition, errno); \
-            exit(1);                                                                 \
-        }                                                                            \
-    } while (0)
+#include "../check.h"
 
 #define REKEY_BYTES (100u << 10)
 #define TOTAL_BYTES (32u << 20)
