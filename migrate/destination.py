@@ -2,7 +2,8 @@
 
 A migration that loses a connection after the switchover is PAUSED until the source has made others (recovery.py): the guest
 waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so, its guest
-waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c).
+waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c), also amid an attempt of the source's to
+recover. That is recorded before the first page is lost: whoever is killed then, or later, gives up the rest when it is back.
 """
 
 import asyncio
@@ -99,7 +100,7 @@ class DestinationMigration(Arrival):
         self._connections = DataConnections()
         self._again: asyncio.Future[tuple[ControlConnection, int]] | None = None  # while it waits for another epoch
         self._final: asyncio.Future[None] = self._loop.create_future()
-        self._giving_up = False
+        self._asked: AbandonedError | None = None  # to give the source up, until that holds or has failed
         self._last_step_ns = 0
         self._clock_offset_ns = 0
 
@@ -190,6 +191,9 @@ class DestinationMigration(Arrival):
         plane.open()
         plane.wake()
         self.start_loop("fault", lambda: plane.fault_loop(-1))
+        if record.verdict == "abandoned":  # who touches a page that was lost has met its marker already, which no daemon is needed for
+            self._asked = abandoned(self.guest_id)
+            raise self._asked
         restored = plane.figures()["pages_restored"]
         self.log.warning("migration taken back after a restart", peer=self.peer, pages_here=restored, pages=self.pages_total)
         if self.before_switchover is not None:
@@ -408,18 +412,21 @@ class DestinationMigration(Arrival):
     async def _until_recovered(self) -> None:
         """The source has dialled again and all of its connections stand; or nothing more is needed of it."""
         assert self._plane is not None
+        self._heed_request()
         again = self._again = self._loop.create_future()
         self.wake()
         await asyncio.wait({again, self._final}, return_when="FIRST_COMPLETED")
         if self._final.done():
             return
         self._control, self.epoch = again.result()
+        self._heed_request()
         with contextlib.suppress(OSError):  # one that is older only makes the source dial more often
             self.keep_record(epoch=self.epoch)
         self._connections.close()  # of those that came for the last epoch, late
         self._connections = DataConnections(self.streams)
         self._control.send(Recovered(epoch=self.epoch, settled=self._plane.settled))
         await self._connections.all_here(self._control.closed, ATTACH_DEADLINE_SECONDS)
+        self._heed_request()  # the last moment: from here on it has recovered, in one step
         self._loops_return()
         self.start_loop("fault", partial(self._plane.fault_loop, self._connections.urgent.fileno()))
         self._receive_final()
@@ -445,7 +452,7 @@ class DestinationMigration(Arrival):
             self._again.set_result((control, epoch))
             return
         if self.state is State.ABANDONED:  # the guest runs here: nothing that would let the source resume its own (P4)
-            control.refuse(_abandoned(self.guest_id))
+            control.refuse(abandoned(self.guest_id))
         elif self.state is State.COMPLETE:
             await self._say_whole(control)
         elif self.ended:
@@ -457,32 +464,55 @@ class DestinationMigration(Arrival):
     # --- without the source -----------------------------------------------------------------------------------------
 
     async def abandon(self) -> None:
-        """What has not come never will: a touch of it is SIGBUS. Returns when that holds. Raises NotAbandonableError."""
-        waits = self._awaits_epoch() or (self.state is State.STALLED and self.told and not self._giving_up)
-        if self._plane is None or not waits or self._final.done():
-            raise NotAbandonableError(f"migration {self.id}", expected="paused or stalled, its guest here", got=str(self.state))
+        """What has not come never will: a touch of it is SIGBUS. Returns when that holds. Raises NotAbandonableError, also where the
+        guest has been served or is whole first."""
+        self._check_abandonable()
+        assert self._plane is not None
         if not self._plane.can_abandon:
             raise NotAbandonableError("UFFDIO_POISON", expected="Linux 6.6 or later", got="a kernel without it")
-        asked = _abandoned(self.guest_id)
-        self._giving_up = True
-        if self._again is not None and self.state is State.PAUSED:
-            self._again.set_exception(asked)
-            await self._settled.wait()
-        else:
+        try:
+            self.keep_record(verdict="abandoned")
+        except OSError as error:
+            raise NotAbandonableError(f"record of migration {self.id}", expected="to be written", got=error) from error
+        asked = self._asked = abandoned(self.guest_id)
+        if self.state is State.STALLED:
             self.task = self._loop.create_task(self._give_up_stalled(asked))
             await asyncio.shield(self.task)
+        else:
+            if self._awaits_epoch() and self._again is not None:
+                self._again.set_exception(asked)
+            self._control.refuse(asked)  # of an attempt that waits for its data connections
+            await self._settled.wait()
         if self.state is not State.ABANDONED:
-            raise NotAbandonableError(f"guest {self.guest_id}", expected="to take it", got=self.error.what if self.error else "")
+            got = self.error.what if self.error else str(self.state)
+            raise NotAbandonableError(f"guest {self.guest_id}", expected="to lack pages still, and to take it", got=got)
+
+    def _check_abandonable(self) -> None:
+        """Its guest waits, for a source that may be dialling this moment. Raises NotAbandonableError."""
+        waits = (self.state is State.PAUSED and self._again is not None) or (self.state is State.STALLED and self.told)
+        got = str(self.state)
+        if self._asked is not None:
+            got = "one that is being given up"
+        elif self._final.done():
+            got = "one whose pages are all here"
+        elif waits and self._plane is not None:
+            return
+        raise NotAbandonableError(f"migration {self.id}", expected="paused or stalled, its guest here", got=got)
+
+    def _heed_request(self) -> None:
+        """Raises AbandonedError where the operator has given the source up, and pages are lacking still."""
+        if self._asked is not None and not self._final.done():
+            raise self._asked
 
     async def _give_up_stalled(self, asked: AbandonedError) -> None:
         self.error = error_facts(await self._give_up(asked) or asked)
-        self._giving_up = False
         self.wake()
 
     async def _give_up(self, asked: AbandonedError) -> Exception | None:
         """Beside the fault loop without a connection, which stays: a page that the guest drops is poisoned anew."""
         assert self._plane is not None
         plane = self._plane
+        self._control.refuse(asked)  # in the words that let no source resume its guest (P4)
         try:
             result = await self.on_own_thread("abandon", plane.abandon)
         except asyncio.CancelledError:
@@ -490,6 +520,7 @@ class DestinationMigration(Arrival):
         # Gone, perhaps since it touched a lost page: it is given up all the same. One that dies loses its mappings first.
         if result.reason not in ("finished", "guest-gone") or self._plane is None:
             error = result.error()
+            self._asked = None  # it may be asked for again; some pages may be lost: its record stays, the next life tries anew
             return self._failed(error) if self.state is State.PAUSED else error
         runs, run_count = plane.lost(LOST_RUNS_MAX)
         self.lost = LostPages(pages=plane.figures()["pages_lost"], runs=runs, runs_left_off=run_count - len(runs))
@@ -660,7 +691,7 @@ class DestinationMigration(Arrival):
         self._control.close()
 
 
-def _abandoned(guest_id: str) -> AbandonedError:
+def abandoned(guest_id: str) -> AbandonedError:
     return AbandonedError(f"guest {guest_id}", expected="its missing pages to come", got="given up by the operator")
 
 

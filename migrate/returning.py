@@ -10,6 +10,7 @@ A record says what may have been done (record.py), the guest says how it stands;
     paused       source, complete              it is whole elsewhere: ``released``
     paused       source, switchover sent       the destination is asked: PAUSED, and dialled
     arriving     destination                   it runs here, on what is here; the source will ask: PAUSED
+    arriving     destination, abandoned        it runs here, what is not here is lost: ABANDONED, once that holds again
     paused, arriving   none that fits          undecided: it is left as it is, and a person decides
 
 A destination that had recorded no resume decides at once, before any guest is here. The agent is the authority on who runs: it
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from migrate.destination import abandoned
 from migrate.errors import NotResolvableError, PostcopyError
 from migrate.greeting import Incoming
 from migrate.guest_link import GuestLink, GuestState
@@ -70,7 +72,7 @@ def go_on(daemon: "Daemon", link: GuestLink) -> Callable[[], None] | None:
         return _arriving(daemon, link, there)
     if said == "running" and here is not None:
         daemon.records.remove(here.migration_id)
-    if there is not None and not there.verdict:
+    if there is not None and (not there.verdict or (said == "running" and there.verdict == "abandoned")):
         _conclude(daemon, there, "complete" if said == "running" else "aborted")
     return None
 
@@ -154,6 +156,9 @@ async def answer_source(daemon: "Daemon", came: Incoming, preamble: Preamble) ->
     control = await came.control()
     try:
         await control.receive(Recover, deadline_seconds=ANSWER_DEADLINE_SECONDS)
+        if record.verdict == "abandoned":
+            control.refuse(abandoned(record.guest_id))
+            return
         if record.verdict == "aborted":
             control.send(Aborted(epoch=0, reason="the daemon was started anew before the guest had been resumed"))
             return
