@@ -67,6 +67,8 @@ class Connection:
         self.socket = sock
         self.beside: FakeGuest | None = None
         """A fake guest that answers ``prepare`` while this connection is waited for: daemons ask whenever they like."""
+        self.descriptors: list[int] = []
+        """What came with messages of a guest socket, for who takes them."""
         self._decoder = decoder
         self._messages: list[Message] = []
 
@@ -86,12 +88,19 @@ class Connection:
 
     def _read(self, names: str) -> None:
         try:
-            data = self.socket.recv(1 << 16)
+            data = self._receive_some()
         except ConnectionError as error:
             raise PeerEndedError(f"instead of {names}") from error
         if not data:
             raise PeerEndedError(f"instead of {names}")
         self._take(data)
+
+    def _receive_some(self) -> bytes:
+        if self.socket.family != socket.AF_UNIX:
+            return self.socket.recv(1 << 16)
+        data, descriptors, _, _ = socket.recv_fds(self.socket, 1 << 16, 1, socket.MSG_CMSG_CLOEXEC)
+        self.descriptors += descriptors
+        return data
 
     def _take(self, data: bytes) -> None:
         """Heartbeats come at any time and say nothing; a peer that never says one is not expected to."""
@@ -398,6 +407,8 @@ class FakeGuest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for sock in (self._socket, *self._older):
             sock.close()
+        for descriptor in self.connection.descriptors:
+            os.close(descriptor)
         if self.userfaultfd >= 0:
             os.close(self.userfaultfd)
         self.memory.close()
@@ -437,10 +448,8 @@ class FakeGuest:
 
     def receive_kept(self) -> int:
         """``keep``, and what came with it: the caller closes it."""
-        data, descriptors, _, _ = socket.recv_fds(self._socket, 1 << 16, 1)
-        (message,) = guest_decoder().feed(data)
-        assert isinstance(message, Keep), message
-        return descriptors[0]
+        self.connection.receive(Keep)
+        return self.connection.descriptors.pop(0)
 
     def connect_again(self, socket_path: Path, descriptors: Sequence[int] = (), **hello: object) -> Message:
         """To another daemon, or one started anew, while the old connection stands: its answer."""

@@ -23,7 +23,6 @@ from .fakes import FakeSource
 from .memory_child import PAGE_BYTES
 from .precopy_fakes import TouchedGuest
 from .returning_fakes import Arriving
-from .test_abandoned import there
 
 pytestmark = pytest.mark.requires("uffd", "uffd-poison")
 PAGES = 256
@@ -75,7 +74,7 @@ class Kept(Arriving):
         assert status.lost is not None
         assert status.lost.model_dump() == WHAT_IS_LOST
         metrics = httpx.get(f"http://{self.pair.destination.metrics_address}/metrics", trust_env=False).text
-        told = [line for line in metrics.splitlines() if line.startswith("postcopy_lost_pages_total{") and '"kept"' in line]
+        told = [line for line in metrics.splitlines() if line.startswith("postcopy_lost_pages_total{") and self.guest.guest_id in line]
         assert [line.rpartition(" ")[2] for line in told] == [f"{PAGES - 2}.0"]
         assert self.child.does("read", WITH_CONTENT) == CONTENT
         for page in (WITH_CONTENT, ZERO, LOST):
@@ -87,12 +86,12 @@ class Kept(Arriving):
 
 
 @pytest.fixture
-def kept(pair: Pair) -> Iterator[Kept]:
-    with TouchedGuest("kept") as guest, FakeSource(pair.destination.address, guest_id="kept") as source:
+def kept(pair: Pair, request: pytest.FixtureRequest) -> Iterator[Kept]:
+    guest_id = request.function.__name__
+    with TouchedGuest(guest_id) as guest, FakeSource(pair.destination.address, guest_id=guest_id) as source:
         arrived = Kept(pair, guest, source)
         yield arrived
         os.close(arrived.states_fd)
-    until(lambda: not there(pair, "kept"), "its name is free again")
 
 
 def test_killed_afterwards(kept: Kept) -> None:
