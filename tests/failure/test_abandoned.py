@@ -3,6 +3,7 @@
 import signal
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -11,7 +12,7 @@ from migrate.errors import PostcopyError
 from migrate.pair import Pair
 from migrate.session import MigrationStatus
 from proto.frame import Frame, FrameKind
-from proto.messages import Recover, control_decoder
+from proto.messages import Ready, Recover, Recovered, Refused, control_decoder
 from proto.preamble import AnswerCode, ConnectionKind
 
 from ..path.commuter import Commuter, until
@@ -107,6 +108,48 @@ def test_source_that_comes_back(arrived: Arrived) -> None:
     assert control.refused().code == "abandoned"
     arrived.child.begins("read", LOST)
     assert arrived.child.died_of() == signal.SIGBUS
+
+
+def dials_again(arrived: Arrived, epoch: int) -> Connection:
+    """Greeted, and no data connection made."""
+    sock, answer = arrived.source.dial(ConnectionKind.CONTROL, token=arrived.source.token, epoch=epoch)
+    assert answer.code is AnswerCode.WELCOME
+    control = Connection(sock, control_decoder())
+    control.send(Recover(epoch=epoch))
+    assert control.receive(Recovered).epoch == epoch
+    return control
+
+
+def test_amid_an_attempt_to_recover(arrived: Arrived) -> None:
+    """Of a source that has dialled and says nothing more: it is told, and what it comes with later is not awaited."""
+    arrived.loses_its_source()
+    control = dials_again(arrived, 1)
+    assert arrived.is_given_up().state == "abandoned"
+    assert control.refused().code == "abandoned"
+    _, answer = arrived.source.dial(ConnectionKind.URGENT, token=arrived.source.token, epoch=1)
+    assert answer.code is AnswerCode.MIGRATION_UNKNOWN
+    arrived.child.begins("read", LOST)
+    assert arrived.child.died_of() == signal.SIGBUS
+
+
+def test_as_the_source_recovers(arrived: Arrived) -> None:
+    """At the moment of its last connection: one of the two holds, and both sides are told which."""
+    arrived.loses_its_source()
+    control = dials_again(arrived, 1)
+    arrived.source.dial(ConnectionKind.URGENT, token=arrived.source.token, epoch=1)
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(lambda: arrived.source.dial(ConnectionKind.BULK, token=arrived.source.token, epoch=1))
+        try:
+            state = arrived.is_given_up().state
+        except PostcopyError as refused:
+            assert refused.code == "not-abandonable"
+            state = arrived.status().state
+        last.result()
+    if state == "abandoned":
+        assert control.refused().code == "abandoned"
+    else:
+        assert state == "postcopy"
+        assert control.receive(Ready, Refused) == Ready()
 
 
 def test_stalled(arrived: Arrived) -> None:
