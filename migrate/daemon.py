@@ -380,6 +380,9 @@ class Daemon:
         if not hmac.compare_digest(preamble.token, migration.token):
             await came.answer(AnswerCode.TOKEN_WRONG)
             raise ProtocolError("token-wrong", "control connection", expected="the migration's token", got="another")
+        if migration.answers_later:
+            await came.answer(AnswerCode.BUSY)
+            raise ProtocolError("busy", "control connection", expected="a guest that has been taken back", got="not yet")
         await came.answer(AnswerCode.WELCOME)
         control = await came.control()
         try:

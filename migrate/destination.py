@@ -2,8 +2,8 @@
 
 A migration that loses a connection after the switchover is PAUSED until the source has made others (recovery.py): the guest
 waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so, its guest
-waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c), also amid an attempt of the source's to
-recover. That is recorded before the first page is lost: whoever is killed then, or later, gives up the rest when it is back.
+waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c), also while the source is dialling.
+That is recorded before the first page is lost: a daemon that is killed then, or later, gives up the rest when it is back.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from migrate.errors import (
 from migrate.greeting import DataSocket
 from migrate.guest_link import GuestLink, GuestState
 from migrate.record import Record
-from migrate.recovery import is_lost
+from migrate.recovery import delays_seconds, is_lost, may_pass_here
 from migrate.room import Room
 from migrate.session import LostPages, Migration, error_facts
 from migrate.switchover import Quiet, rehearse
@@ -182,22 +182,50 @@ class DestinationMigration(Arrival):
         self.epoch, self.guest_id, self._precopy = record.epoch, self.guest.guest_id, record.precopy
         self.log = self.log.bind(guest=self.guest_id)
         self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a restart of this daemon"))
-        guest, plane = self.guest, self._make_plane(self.guest, record.streams)
-        result = await self.on_own_thread("restore", partial(plane.restore, guest.states_fd))
-        if result.reason != "finished":
-            raise result.error()
-        if not guest.keep(plane.states_fd):  # or the next life would take what is placed from now on for lacking
-            raise PostcopyError(f"guest {self.guest_id}", expected="to keep page states", got="it does not", code="guest-refused")
+        plane = await self._restore(self.guest, record)
         plane.open()
         plane.wake()
         self.start_loop("fault", lambda: plane.fault_loop(-1))
-        if record.verdict == "abandoned":  # who touches a page that was lost has met its marker already, which no daemon is needed for
+        if record.verdict == "abandoned":  # its markers are in the guest's page table still, but for what was dropped
             self._asked = abandoned(self.guest_id)
             raise self._asked
         restored = plane.figures()["pages_restored"]
         self.log.warning("migration taken back after a restart", peer=self.peer, pages_here=restored, pages=self.pages_total)
         if self.before_switchover is not None:
             await self.before_switchover()
+
+    async def _restore(self, guest: GuestLink, record: Record) -> DestinationPlane:
+        """Once this host has what it takes. Raises what no other attempt would mend."""
+        for delay_seconds in delays_seconds():
+            await asyncio.sleep(delay_seconds)
+            if guest.gone:
+                raise GuestGoneError(f"guest {self.guest_id}", expected="to be taken back", got="its socket ended")
+            try:
+                plane = self._make_plane(guest, record.streams)
+                result = await self.on_own_thread("restore", partial(plane.restore, guest.states_fd))
+                if result.reason != "finished":
+                    raise result.error()
+                break
+            except Exception as error:
+                if not may_pass_here(error):
+                    raise
+                self._drop_plane()  # half restored: its counters say nothing
+                self.cannot_take_back(error)
+        if not guest.keep(plane.states_fd):  # or the next life would take what is placed from now on for lacking
+            raise PostcopyError(f"guest {self.guest_id}", expected="to keep page states", got="it does not", code="guest-refused")
+        self.error = None
+        return plane
+
+    def _drop_plane(self) -> None:
+        plane, self._plane = self._plane, None
+        if plane is not None:
+            self._loop.remove_reader(plane.final_fd)
+            plane.close()
+
+    @property
+    def answers_later(self) -> bool:
+        """Its guest cannot be taken back for the moment: the source had better dial again."""
+        return self.state is State.PAUSED and self._plane is None and self.error is not None
 
     def _begin_record(self) -> None:
         """Before the source is told that it may switch over: one who is started anew must know that this guest never ran here."""
@@ -446,7 +474,7 @@ class DestinationMigration(Arrival):
             self._control.fail(ConnectionLostError("control connection", expected="to stay", got=f"epoch {epoch} in its place"))
             self._control.close()
         async with asyncio.timeout(ATTACH_DEADLINE_SECONDS):
-            while not (self.told or self._awaits_epoch()):
+            while not (self.told or self._awaits_epoch() or self.answers_later):
                 await self.changed()
         if self._awaits_epoch() and self._again is not None:
             self._again.set_result((control, epoch))
@@ -455,6 +483,8 @@ class DestinationMigration(Arrival):
             control.refuse(abandoned(self.guest_id))
         elif self.state is State.COMPLETE:
             await self._say_whole(control)
+        elif self.answers_later:
+            pass  # the end of this connection: who is refused does not dial again
         elif self.ended:
             control.send(Aborted(epoch=0, reason=self.error.what if self.error else str(self.state)))
         else:
@@ -464,8 +494,8 @@ class DestinationMigration(Arrival):
     # --- without the source -----------------------------------------------------------------------------------------
 
     async def abandon(self) -> None:
-        """What has not come never will: a touch of it is SIGBUS. Returns when that holds. Raises NotAbandonableError, also where the
-        guest has been served or is whole first."""
+        """What has not come never will: a touch of it is SIGBUS. Returns when that holds. Raises NotAbandonableError, also where
+        the source has come back or the guest is whole first."""
         self._check_abandonable()
         assert self._plane is not None
         if not self._plane.can_abandon:

@@ -3,6 +3,9 @@
 The loss of any one connection ends the epoch: all are closed, the loops joined, the figures kept. The source dials again, with a
 number of epoch that the destination has not seen; what was in flight is asked for once more (dataplane/epoch.c). Before the
 switchover nothing is made again: there the guest runs on at the source, and a new migration is as good.
+
+A daemon that was started anew and cannot take its guest back, since its host lacks descriptors or memory for the moment, tries
+again likewise.
 """
 
 import itertools
@@ -34,6 +37,11 @@ def may_pass(error: BaseException) -> bool:
         or isinstance(error, TlsError | PeerNameError)
         or (isinstance(error, ProtocolError) and error.code in ANSWERS_THAT_MAY_CHANGE)
     )
+
+
+def may_pass_here(error: BaseException) -> bool:
+    """Of an attempt to take a guest back: this host lacks something now, such as descriptors (EMFILE) or memory (ENOMEM)."""
+    return isinstance(error, OSError | MemoryError) or (isinstance(error, DataPlaneError) and error.code == "memory-failed")
 
 
 def delays_seconds() -> Iterator[float]:

@@ -289,6 +289,14 @@ class Migration:
             self._threads.remove(thread)
         return result
 
+    def cannot_take_back(self, error: Exception) -> None:
+        """After a restart; it is tried again. Said in the log once for each reason."""
+        facts = error_facts(error)
+        if facts != self.error:
+            self.error = facts
+            self.log.error("guest not taken back yet, trying again", reason=str(error), peer=self.peer)
+        self.wake()
+
     def loop_ended(self, result: LoopResult) -> None:
         raise NotImplementedError
 

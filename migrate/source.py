@@ -34,7 +34,7 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.network import Address, connect
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.record import Record
-from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass
+from migrate.recovery import DIAL_DEADLINE_SECONDS, delays_seconds, is_lost, may_pass, may_pass_here
 from migrate.region import populated_bytes
 from migrate.rounds import PEER_REASON_SECONDS, lost
 from migrate.session import Migration, error_facts
@@ -144,12 +144,30 @@ class SourceMigration(Departure):
         self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would resume the guest
         self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
         self._paused, self._ran_there = True, record.ran_there
-        plane = self._make_plane()
-        plane.streams(self.streams)
-        plane.restarted()
+        await self._make_plane_again()
+        if self.state is State.COMPLETE:
+            return
         if self.before_switchover is not None:
             await self.before_switchover()
         self.log.warning("migration taken back after a restart, dialling its destination", peer=self.peer, epoch=self.epoch)
+
+    async def _make_plane_again(self) -> None:
+        """Once this host has what it takes, or a person has decided meanwhile (``_heed_decision``)."""
+        for delay_seconds in delays_seconds():
+            await self._wait_for_attempt(delay_seconds)
+            if self.state is State.COMPLETE:
+                return
+            try:
+                plane = self._make_plane()
+            except Exception as error:
+                if not may_pass_here(error):
+                    raise
+                self.cannot_take_back(error)
+            else:
+                plane.streams(self.streams)
+                plane.restarted()
+                self.error = None
+                return
 
     def _make_plane(self) -> SourcePlane:
         self.guest.on_failed, self.guest.on_discard = self._guest_failed, self._discarded
@@ -376,11 +394,7 @@ class SourceMigration(Departure):
         """Dial until the destination answers: the guest runs there, or is whole, or (AbortedError) never will."""
         told = ""
         for delay_seconds in delays_seconds():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay_seconds):
-                    await self._retry.wait()
-            self._retry.clear()
-            self._heed_decision()
+            await self._wait_for_attempt(delay_seconds)
             if self.state is State.COMPLETE:
                 return
             try:
@@ -393,6 +407,14 @@ class SourceMigration(Departure):
                 if told != str(error):
                     told = str(error)
                     self.log.warning("not recovered yet, dialling again", reason=told, peer=self.peer)
+
+    async def _wait_for_attempt(self, delay_seconds: float) -> None:
+        """So long, or until it is asked for. Raises AbortedError where a person has decided so; it may be complete as well."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(delay_seconds):
+                await self._retry.wait()
+        self._retry.clear()
+        self._heed_decision()
 
     async def _dial_again(self) -> None:
         assert self._plane is not None

@@ -1,6 +1,10 @@
 """Fake guests amid a migration at a daemon that is killed and started anew; the other daemon is a fake too."""
 
+import contextlib
+import itertools
 import os
+import resource
+from collections.abc import Iterator
 
 from migrate.pair import DaemonProcess, Pair
 from proto.messages import Recover, Welcome, control_decoder, encode
@@ -8,6 +12,11 @@ from proto.preamble import Answer, AnswerCode, ConnectionKind, Preamble
 
 from .fakes import PREAMBLE_BYTES, TOKEN, Connection, FakeDestination, FakeGuest, FakeSource, receive_exactly
 from .killing import slain
+
+LEAVING_DESCRIPTORS = 3
+"""Of a guest its socket and its memory file; and one for who asks meanwhile."""
+ARRIVING_DESCRIPTORS = 5
+"""A userfaultfd and page states besides."""
 
 
 class Leaving:
@@ -45,7 +54,7 @@ class Arriving:
     """A fake guest at a real destination daemon, whose source is a fake."""
 
     def __init__(self, pair: Pair, guest: FakeGuest, source: FakeSource) -> None:
-        self.pair, self.guest, self.source = pair, guest, source
+        self.pair, self.guest, self.source, self.id = pair, guest, source, source.migration_id.hex()
         guest.connect(pair.destination.runtime_dir / "guests.sock")
         guest.send(encode(guest.hello(offers=["keep"])), guest.descriptors())
         guest.connection.receive(Welcome)
@@ -74,3 +83,21 @@ class Arriving:
 
 def records(daemon: DaemonProcess) -> list[str]:
     return [path.name for path in (daemon.runtime_dir / "migrations").iterdir()]
+
+
+@contextlib.contextmanager
+def short_of_descriptors(daemon: DaemonProcess, count: int) -> Iterator[DaemonProcess]:
+    """It gets so many more and, with that, no data plane."""
+    before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+    taken = {int(name) for name in os.listdir(f"/proc/{daemon.pid}/fd")}
+    free = (number for number in itertools.count() if number not in taken)
+    resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (next(itertools.islice(free, count, None)), before[1]))
+    try:
+        yield daemon
+    finally:
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+
+
+def told_of(daemon: DaemonProcess, migration_id: str, words: str) -> int:
+    """How often its log has said so of that migration."""
+    return sum(migration_id in line and words in line for line in daemon.log().splitlines())

@@ -1,4 +1,4 @@
-"""A guest whose source was given up (`abandon`) outlives its daemon: whatever was killed when, what is lost stays lost, what is here stays.
+"""A guest whose source was given up (`abandon`) outlives its daemon: what is lost stays lost, what is here stays.
 
 The guest's memory is touched by a child process; the test is its agent, and its source.
 """
@@ -42,7 +42,7 @@ class Kept(Arriving):
 
     def __init__(self, pair: Pair, guest: TouchedGuest, source: FakeSource) -> None:
         super().__init__(pair, guest, source)
-        self.id, self.child = source.migration_id.hex(), guest.child
+        self.child = guest.child
         source.say_switchover()
         assert guest.resumed() == b"a state"
         source.control.receive(Running)
@@ -74,7 +74,7 @@ class Kept(Arriving):
         assert status.lost is not None
         assert status.lost.model_dump() == WHAT_IS_LOST
         metrics = httpx.get(f"http://{self.pair.destination.metrics_address}/metrics", trust_env=False).text
-        told = [line for line in metrics.splitlines() if line.startswith("postcopy_lost_pages_total{") and self.guest.guest_id in line]
+        told = [line for line in metrics.splitlines() if self.guest.guest_id in line and "postcopy_lost_pages_total{" in line]
         assert [line.rpartition(" ")[2] for line in told] == [f"{PAGES - 2}.0"]
         assert self.child.does("read", WITH_CONTENT) == CONTENT
         for page in (WITH_CONTENT, ZERO, LOST):
