@@ -66,6 +66,10 @@ class Kept(Arriving):
         self.guest_returns(role="arriving", epoch=0, offers=["keep"])
         self.states_fd = self.guest.receive_kept()
 
+    def awaits_its_source(self) -> bool:
+        status = self.status()
+        return status.state == "paused" and status.pages_done == 2
+
     def is_abandoned(self) -> None:
         """As before the kill, in every way."""
         until(lambda: self.status().state == "abandoned", "abandoned")
@@ -131,8 +135,7 @@ def test_killed_before_it_is_recorded(kept: Kept) -> None:
     """Then nobody has given it up: it waits for its source, and can be given up as ever."""
     kept.kill()
     kept.returns()
-    until(lambda: kept.status().state == "paused", "paused")
-    until(lambda: kept.status().pages_done == 2, "what is here")
+    until(kept.awaits_its_source, "paused, and what is here")
     assert kept.is_given_up().state == "abandoned"
     kept.is_abandoned()
 

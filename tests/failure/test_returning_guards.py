@@ -1,6 +1,6 @@
 """Promises P4 and P6 of daemons that were killed: each guard of their return is there, and what it guards breaks without it.
 
-The first life is the product as it is; the second is that too, or lacks one guard.
+The first life is the product as it is, unless a scenario begins by ending it; the second is that too, or lacks one guard.
 """
 
 import contextlib
@@ -19,11 +19,14 @@ from ..path.commuter import until
 from .fakes import FakeDestination, FakeGuest, FakeSource
 from .killing import slain
 from .mutants import Mutation, build_c, python_tree
+from .precopy_fakes import TouchedGuest
 from .returning_fakes import LEAVING_DESCRIPTORS, Arriving, Leaving, short_of_descriptors, told_of
 from .test_guards import run_broken, run_c
+from .test_restart_abandoned import Kept
 
-pytestmark = pytest.mark.requires("uffd")
+pytestmark = pytest.mark.requires("uffd", "uffd-poison")
 TWO_OWNERS = "runs at the source and at the destination"
+LATE = "pages that were lost come"
 SOURCE_PY, DESTINATION_PY, RETURNING_PY = "migrate/source.py", "migrate/destination.py", "migrate/returning.py"
 TAKEN_BACK = "self.advance(Event.TAKEN_BACK)  #"
 RESTARTED = "                plane.restarted()\n"
@@ -88,6 +91,19 @@ def destination_is_killed_behind_resume(pair: Pair) -> str:
         return "" if arriving.dial(1) is AnswerCode.MIGRATION_UNKNOWN else TWO_OWNERS
 
 
+def destination_is_killed_behind_abandon(pair: Pair) -> str:
+    """What is lost there must not be asked for by the next one: it would come where the guest has met SIGBUS."""
+    slain(pair, pair.destination)  # the guard is of the life that is given to the guest first
+    with TouchedGuest("behind-abandon") as guest, FakeSource(pair.destination.address, guest_id="behind-abandon") as source:
+        kept = Kept(pair, guest, source)
+        kept.is_given_up()
+        kept.kill()
+        kept.returns()
+        os.close(kept.states_fd)
+        until(lambda: kept.status().state == "abandoned" or kept.awaits_its_source(), "decided")
+        return "" if kept.status().state == "abandoned" else LATE
+
+
 IN_PYTHON: dict[str, tuple[Scenario, tuple[Mutation, ...], str]] = {
     "P4 the source has taken back before anything can fail": (
         source_cannot_take_back,
@@ -114,6 +130,11 @@ IN_PYTHON: dict[str, tuple[Scenario, tuple[Mutation, ...], str]] = {
         destination_is_killed_behind_resume,
         (Mutation(RETURNING_PY, "not record.may_run_there and not record.verdict:\n", "not record.verdict:\n"),),
         TWO_OWNERS,
+    ),
+    "P3 what is given up is recorded before it is lost": (
+        destination_is_killed_behind_abandon,
+        (Mutation(DESTINATION_PY, 'self.keep_record(verdict="abandoned")', "pass"),),
+        LATE,
     ),
 }
 

@@ -9,7 +9,7 @@ What stands for what:
   dial              a connection made anew, and all that is said on it up to the destination's word, in one step: a cut amid it
                     is no dial at all, and the source dials again
 
-Pages are not in it: one step makes the guest whole while there is a connection. switchover.py has the same words with cuts and
+Pages are not in it: one step makes the guest whole while there is a connection, one loses all that are lacking (abandon). switchover.py has the same words with cuts and
 refusals in all orders, and no returns from records. Each field of Guards is one rule; False removes it.
 """
 
@@ -27,20 +27,20 @@ class Guards:
     guest_speaks_first: bool = True  # with the resume recorded, only its guest says that it never ran
     agent_drains: bool = True  # it has read all of its old connection before it greets another daemon
     complete_recorded: bool = True  # at the source, before the destination is told that it may forget
+    abandoned_recorded: bool = True  # before the first page is lost: whoever returns must not ask for what is lost
 
 
 class World(NamedTuple):
-    source: str = (
-        "ready"  # pausing, paused, recorded, sent, postcopy, dialling, giving up, completing, failed, complete, returned, down
-    )
+    source: str = "ready"
+    """pausing, paused, recorded, sent, postcopy, dialling, giving up, completing, failed, complete, stalled, returned, down"""
     source_record: str = ""  # begun, may run there, complete
     here: str = "running"  # paused, released
     to_here: tuple[str, ...] = ()
     here_said: tuple[str, ...] = ()
-    destination: str = (
-        "ready"  # prepared, deciding, recorded, asked, postcopy, lost, finishing, whole, aborted, returned, nothing known, down
-    )
-    destination_record: str = ""  # begun, may run here, aborted, complete
+    destination: str = "ready"
+    """prepared, deciding, recorded, asked, postcopy, lost, finishing, whole, aborted, abandoning, abandoned, returned,
+    nothing known, down"""
+    destination_record: str = ""  # begun, may run here, aborted, complete, abandoned
     there: str = "waiting"  # arriving, whole
     to_there: tuple[str, ...] = ()
     there_said: tuple[str, ...] = ()
@@ -50,6 +50,8 @@ class World(NamedTuple):
     source_kills: int = 0  # that are left
     destination_kills: int = 0
     cuts: int = 0
+    abandons: int = 0
+    pages_lost: bool = False
 
 
 Step = tuple[str, World]
@@ -58,11 +60,15 @@ Step = tuple[str, World]
 def invariant(world: World) -> str | None:
     if world.here == "running" and world.there != "waiting":
         return "the guest runs at the source and at the destination"
+    if world.pages_lost and world.destination == "postcopy":
+        return "pages that were lost come"
     return None
 
 
 def goal(world: World) -> bool:
     """One runs, and the other knows."""
+    if world.source == "stalled" and world.destination == "abandoned":
+        return world.pages_lost and world.there == "arriving"
     runs_here = world.here == "running" and not world.to_here and world.source in ("failed", "ready", "returned")
     return (runs_here and world.there == "waiting") or (world.here == "released" and world.there != "waiting")
 
@@ -123,6 +129,8 @@ class Model:
     def _word(self, world: World, word: str) -> World:
         if word == "aborted":
             return world._replace(source="giving up", source_record="begun")
+        if word == "abandoned":
+            return world._replace(source="stalled")
         if word == "complete":
             recorded = "complete" if self.guards.complete_recorded else world.source_record
             told = world._replace(source="completing", source_record=recorded)
@@ -130,7 +138,9 @@ class Model:
         return world._replace(source="postcopy")
 
     def _dial(self, world: World) -> Iterator[Step]:
-        known = {"aborted": "aborted", "whole": "complete", "lost": "recovered"}.get(world.destination)
+        known = {"aborted": "aborted", "whole": "complete", "lost": "recovered", "abandoned": "abandoned"}.get(world.destination)
+        if world.destination == "returned" and world.destination_record == "abandoned":
+            known = "abandoned"  # as ``answer_source`` has it
         if known is None:
             return  # down, or migration-unknown: it dials again
         joined = world._replace(connected=True, to_source=(), to_destination=())
@@ -181,6 +191,14 @@ class Model:
             yield "destination is whole", _say(whole, "to_source", "complete")
         if state == "postcopy" and not world.connected:
             yield "destination has lost its source", world._replace(destination="lost")
+        if state == "lost" and world.abandons:
+            recorded = "abandoned" if self.guards.abandoned_recorded else world.destination_record
+            asked = world._replace(destination="abandoning", abandons=world.abandons - 1)
+            yield "destination records that it is abandoned", asked._replace(destination_record=recorded)
+        if state == "abandoning":
+            yield "destination abandons", world._replace(destination="abandoned", pages_lost=True)
+        if state == "abandoned" and not self.guards.abandoned_recorded:
+            yield "destination records late that it is abandoned", world._replace(destination_record="abandoned")
         if state == "returned" and not (self.guards.agent_drains and world.to_there):
             yield from self._there_greets(world)
 
@@ -204,6 +222,9 @@ class Model:
         """As ``_arriving`` and ``go_on`` have it; the record says ``may run here``."""
         state = {"waiting": "aborted", "arriving": "lost", "whole": "whole"}[world.there]
         record = {"waiting": "aborted", "arriving": "may run here", "whole": "complete"}[world.there]
+        if (world.there, world.destination_record) == ("arriving", "abandoned"):
+            yield "destination returned: abandons", world._replace(destination="abandoning")
+            return
         yield f"destination returned: {world.there}", world._replace(destination=state, destination_record=record)
 
     def _there(self, world: World) -> Iterator[Step]:

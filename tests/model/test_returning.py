@@ -17,8 +17,9 @@ NEEDED = {
     "guest_speaks_first": TWICE,
     "agent_drains": TWICE,
     "complete_recorded": NOBODY,
+    "abandoned_recorded": "pages that were lost come",
 }
-EVERYTHING = World(source_kills=2, destination_kills=2, cuts=1)
+EVERYTHING = World(source_kills=2, destination_kills=2, cuts=1, abandons=1)
 
 
 def check(world: World, guards: Guards) -> Result[World]:
@@ -32,9 +33,9 @@ def check(world: World, guards: Guards) -> Result[World]:
         World(destination_kills=1),
         World(source_kills=1, destination_kills=1),
         EVERYTHING,
-        World(source_kills=3, destination_kills=3, cuts=2),
+        World(source_kills=3, destination_kills=3, cuts=2, abandons=1),
     ],
-    ids=lambda world: f"{world.source_kills}-{world.destination_kills}-{world.cuts}",
+    ids=lambda world: f"{world.source_kills}-{world.destination_kills}-{world.cuts}-{world.abandons}",
 )
 def test_never_two_and_always_one_in_the_end(world: World) -> None:
     result = check(world, Guards())
@@ -52,6 +53,8 @@ def test_the_model_does_what_it_is_about() -> None:
         "destination returned: waiting",
         "destination returned: arriving",
         "destination returned: whole",
+        "destination returned: abandons",
+        "dialled: abandoned",
         "dialled: aborted",
         "dialled: recovered",
         "dialled: complete",
