@@ -246,7 +246,7 @@ class Daemon:
 
     def resolve(self, guest_id: str, *, here: bool) -> GuestLink:
         """A person decides where a paused guest runs. Raises NotFoundError, NotResolvableError."""
-        guest = self.guests.get(guest_id)
+        guest = self.guests.get(guest_id) or returning.guest_that_lacks(self, guest_id)
         if guest is None:
             raise NotFoundError(f"guest {guest_id}", expected="one of " + (", ".join(self.guests) or "none"), got="no such guest")
         returning.resolve(self, guest, here=here)
@@ -432,6 +432,7 @@ class Daemon:
         api = unix_listener(self.runtime_dir / API_SOCKET, group_id)
         self.records.open()
         returning.decide(self)
+        returning.take_up(self)
         self._keep(loop.create_task(self._accept_guests(guests)))
         if self._listen_at is not None:
             self._require_safe(self._listen_at, "migration")

@@ -6,10 +6,13 @@ userfaultfd, with which another process can take over as long as the guest lives
 unless the manager has duplicates (FDSTORE of sd_notify(3), FileDescriptorStoreMax= in the unit).
 
 They are stored before the guest is paused and removed when nothing hangs on them any more. What comes back after a restart is
-checked and held, nothing more yet: no migration is taken up again from it (README, "Not handled yet").
+checked and held. A source takes its migration up again from that, where its record says that the guest may run elsewhere
+(returning.py): whether the guest's own process comes back or not, the pages are there. A destination lets go of what is left of a
+guest whose process has ended; its userfaultfd says so. What no record tells of is held until its guest attaches.
 """
 
 import asyncio
+import mmap
 import os
 import re
 from collections import deque
@@ -26,6 +29,7 @@ from proto.states import Role
 
 log = structlog.get_logger("postcopy.store")
 USERFAULTFD = "userfaultfd"
+NOBODYS_ADDRESS = 1 << 20  # above vm.mmap_min_addr, below which every range is invalid
 RETRY_SECONDS = 0.02
 STORE_SECONDS_MAX = 0.5  # the guest runs on meanwhile
 _NAME = re.compile(r"(source|destination)\.([0-9a-f]{32})\.(memory-[0-9]{1,2}|userfaultfd)\.([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
@@ -72,12 +76,30 @@ class HeldSet:
     def size_bytes(self) -> int:
         return sum(os.fstat(descriptor).st_size for name, descriptor in self.descriptors.items() if name.part != USERFAULTFD)
 
+    @property
+    def memory_files(self) -> list[int]:
+        """In the order of their numbers."""
+        numbered = {
+            int(name.part.removeprefix("memory-")): it for name, it in self.descriptors.items() if name.part != USERFAULTFD
+        }
+        return [numbered[number] for number in sorted(numbered)]
+
+    @property
+    def guest_has_ended(self) -> bool:
+        """At the destination. CONTINUE finds no page anywhere but in a registered range, which does not begin so low; before it
+        looks it says ESRCH where the process that made the userfaultfd has no memory any more."""
+        userfaultfd = next((it for name, it in self.descriptors.items() if name.part == USERFAULTFD), -1)
+        if userfaultfd < 0:
+            return False
+        filled = uffd.Userfaultfd.borrow(userfaultfd).continue_(NOBODYS_ADDRESS, mmap.PAGESIZE)
+        return filled.outcome is uffd.Outcome.PROCESS_GONE
+
     def concerns(self, link: GuestLink) -> bool:
         """Whether the guest that has attached makes it superfluous: it brought the same memory files, or it is the
         successor of one whose memory had not arrived. At the source an id alone says nothing: another guest of that name does
         not have the pages for which the first one waits elsewhere."""
         theirs = {identity(descriptor) for descriptor in memory_files(link)}
-        ours = {identity(descriptor) for name, descriptor in self.descriptors.items() if name.part != USERFAULTFD}
+        ours = {identity(descriptor) for descriptor in self.memory_files}
         return bool(theirs & ours) or (self.role is Role.DESTINATION and self.guest_id == link.guest_id)
 
 
@@ -103,7 +125,7 @@ class DescriptorStore:
 
     async def save(self, role: Role, migration_id: str, link: GuestLink) -> None:
         """Have the guest's descriptors kept. Takes STORE_SECONDS_MAX at most and never fails: it says what is not kept."""
-        if not is_managed():
+        if migration_id in self._saved or not is_managed():  # the former: since an earlier life
             return
         for other, (guest, _) in list(self._saved.items()):
             if guest is link:  # the manager ignores a file that it has already, and would forget it with the older name
@@ -172,22 +194,30 @@ class DescriptorStore:
         self.held = list(sets.values())
         for held in self.held:
             log.warning(
-                "guest of this daemon's earlier life: its memory is held, its migration is not taken up again",
+                "guest of this daemon's earlier life: its memory is held",
                 guest=held.guest_id,
                 migration=held.migration_id,
                 role=str(held.role),
                 descriptors=len(held.descriptors),
                 size_bytes=held.size_bytes,
-                hint="let go when the guest attaches again, or when the service is stopped",
+                hint="let go when its migration has ended, when the guest attaches again, or when the service is stopped",
             )
 
     def let_go(self, link: GuestLink) -> bool:
         """A guest has attached: what was held of it is its own again. Whether anything was."""
         concerned = [held for held in self.held if held.concerns(link)]
         for held in concerned:
-            self.held.remove(held)
-            for descriptor in held.descriptors.values():
-                os.close(descriptor)
-            self._remove(list(held.descriptors))
-            log.info("held memory let go: its guest is here", guest=held.guest_id, migration=held.migration_id)
+            self.drop(held, "its guest is here")
         return bool(concerned)
+
+    def drop(self, held: HeldSet, reason: str) -> None:
+        self.held.remove(held)
+        for descriptor in held.descriptors.values():
+            os.close(descriptor)
+        self._remove(list(held.descriptors))
+        log.info("held memory let go", reason=reason, guest=held.guest_id, migration=held.migration_id)
+
+    def taken_up(self, held: HeldSet, link: GuestLink) -> None:
+        """The descriptors are the link's now; the manager keeps its own until ``forget``."""
+        self.held.remove(held)
+        self._saved[held.migration_id] = link, list(held.descriptors)

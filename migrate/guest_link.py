@@ -7,7 +7,7 @@ import socket
 import struct
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TypeVar, cast
+from typing import Self, TypeVar, cast
 
 import structlog
 
@@ -24,6 +24,7 @@ from proto.messages import (
     GuestFailed,
     GuestPrepare,
     GuestPrepared,
+    GuestRegion,
     Hello,
     Keep,
     Message,
@@ -99,6 +100,34 @@ class GuestLink:
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         self.pid, _, _ = struct.unpack("3i", credentials)
         self._loop.add_reader(sock, self._readable)
+
+    @classmethod
+    def ended(cls, guest_id: str, regions: list[GuestRegion], memory_files: list[int]) -> Self:
+        """Of a guest that is not here, its memory files are: as a link whose process has ended. ``release`` closes them. Raises
+        GuestRefusedError, OSError; they are the caller's to close then."""
+        ours, theirs = socket.socketpair()
+        theirs.close()
+        link = cls(ours, lambda _: None, lambda _: None)
+        link.close()
+        link.pid = 0
+        link.hello = Hello(
+            major=PROTOCOL_MAJOR,
+            minor=PROTOCOL_MINOR,
+            guest_id=guest_id,
+            role="paused",
+            regions=regions,
+            memory_files=len(memory_files),
+        )
+        link.regions = check_regions(regions, memory_files)
+        link._descriptors = list(memory_files)
+        return link
+
+    @property
+    def regions_by_file(self) -> list[GuestRegion]:
+        """As ``files`` has them: ``memory_file`` is an index into that."""
+        assert self.hello is not None
+        order = list(dict.fromkeys(region.memory_file for region in self.hello.regions))
+        return [region.model_copy(update={"memory_file": order.index(region.memory_file)}) for region in self.hello.regions]
 
     @property
     def guest_id(self) -> str:

@@ -13,6 +13,10 @@ A record says what may have been done (record.py), the guest says how it stands;
     arriving     destination, abandoned        it runs here, what is not here is lost: ABANDONED, once that holds again
     paused, arriving   none that fits          undecided: it is left as it is, and a person decides
 
+The source does not wait for its guest where the service manager has kept the memory (descriptor_store.py): the destination is
+asked at once, and a guest that comes back later finds its migration, or how that has ended. So it is served although the guest's
+process at the source has ended too. At the destination a guest whose process has ended ends its migration: ``gone``.
+
 A destination that had recorded no resume decides at once, before any guest is here. The agent is the authority on who runs: it
 has read all of its old connection before it says hello.
 """
@@ -24,8 +28,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from migrate.descriptor_store import HeldSet, identity
 from migrate.destination import abandoned
-from migrate.errors import NotResolvableError, PostcopyError
+from migrate.errors import GuestGoneError, NotResolvableError, PostcopyError
 from migrate.greeting import Incoming
 from migrate.guest_link import GuestLink, GuestState
 from migrate.record import Record
@@ -52,6 +57,35 @@ def decide(daemon: "Daemon") -> None:
             log.warning("migration of an earlier life: waiting for its guest", **told)
 
 
+def take_up(daemon: "Daemon") -> None:
+    """Behind ``decide``: what the service manager has kept, and a record says what to do with it."""
+    for held in list(daemon.store.held):
+        record = daemon.records.earlier.get(held.migration_id)
+        if held.role is Role.DESTINATION and held.guest_has_ended:
+            if record is not None and not record.verdict:
+                _conclude(daemon, record, verdict="gone")
+            daemon.store.drop(held, "its process has ended")
+        elif record is not None and held.role is record.role is Role.SOURCE:
+            if record.verdict == "complete":
+                daemon.store.drop(held, "its migration is complete")
+            elif record.may_run_there and not record.verdict:
+                _take_up(daemon, held, record)
+
+
+def _take_up(daemon: "Daemon", held: HeldSet, record: Record) -> None:
+    try:
+        if [identity(descriptor) for descriptor in held.memory_files] != record.files or not record.regions:
+            raise PostcopyError(
+                f"memory of guest {held.guest_id}", expected="what its record says", got="other files, or no regions"
+            )
+        link = GuestLink.ended(record.guest_id, record.regions, held.memory_files)
+    except (PostcopyError, OSError) as error:
+        log.error("migration not taken up from what is held", guest=held.guest_id, migration=held.migration_id, reason=str(error))
+        return
+    daemon.store.taken_up(held, link)
+    daemon.take_back_source(link, _taken(daemon, record))
+
+
 def _conclude(daemon: "Daemon", record: Record, verdict: str) -> None:
     """Recorded before it is said."""
     concluded = record.changed(verdict=verdict)
@@ -63,6 +97,8 @@ def _conclude(daemon: "Daemon", record: Record, verdict: str) -> None:
 def go_on(daemon: "Daemon", link: GuestLink) -> Callable[[], None] | None:
     """A guest has attached: what is to be done once it is welcomed."""
     assert link.hello is not None
+    if (under_way := _taken_up(daemon, link)) is not None:
+        return partial(under_way.guest_returns, link)
     here = daemon.records.of_guest(Role.SOURCE, link.guest_id, link.files)
     there = daemon.records.of_guest(Role.DESTINATION, link.guest_id, link.files)
     said = link.hello.role
@@ -75,6 +111,22 @@ def go_on(daemon: "Daemon", link: GuestLink) -> Callable[[], None] | None:
     if there is not None and (not there.verdict or (said == "running" and there.verdict == "abandoned")):
         _conclude(daemon, there, "complete" if said == "running" else "aborted")
     return None
+
+
+def _lacking(daemon: "Daemon") -> list[SourceMigration]:
+    return [one for one in daemon.migrations.values() if isinstance(one, SourceMigration) and one.lacks_guest]
+
+
+def guest_that_lacks(daemon: "Daemon", guest_id: str) -> GuestLink | None:
+    """What stands for a guest of that name whose process has not come back."""
+    return next((one.guest for one in _lacking(daemon) if one.guest_id == guest_id), None)
+
+
+def _taken_up(daemon: "Daemon", link: GuestLink) -> SourceMigration | None:
+    """The migration that has begun without this guest."""
+    if link.hello is None or link.hello.role not in ("paused", "running"):
+        return None
+    return next((one for one in _lacking(daemon) if (one.guest_id, one.guest.files) == (link.guest_id, link.files)), None)
 
 
 def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], None] | None:
@@ -158,6 +210,9 @@ async def answer_source(daemon: "Daemon", came: Incoming, preamble: Preamble) ->
         await control.receive(Recover, deadline_seconds=ANSWER_DEADLINE_SECONDS)
         if record.verdict == "abandoned":
             control.refuse(abandoned(record.guest_id))
+            return
+        if record.verdict == "gone":
+            control.refuse(GuestGoneError(f"guest {record.guest_id}", expected="one that can go on", got="its process has ended"))
             return
         if record.verdict == "aborted":
             control.send(Aborted(epoch=0, reason="the daemon was started anew before the guest had been resumed"))

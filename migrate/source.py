@@ -111,6 +111,8 @@ class SourceMigration(Departure):
         self._clock = SAME_CLOCK
         self._paused = False
         self._ran_there = False
+        self._without_guest = guest.gone  # taken up from what the service manager has kept
+        self._stand_ins: list[GuestLink] = []  # whose memory files the plane may read, since the guest has come back
         self._runs_here: bool | None = None  # as a person has decided
         self._retry = asyncio.Event()
         self._cancel_reason: str | None = None
@@ -318,6 +320,7 @@ class SourceMigration(Departure):
             migration_id=self.id,
             guest_id=self.guest_id,
             files=self.guest.files,
+            regions=self.guest.regions_by_file,
             peer=self.peer,
             token=self._token.hex(),
             epoch=self.epoch,
@@ -381,7 +384,7 @@ class SourceMigration(Departure):
         self.guest.release()  # first: who is told may ask for the same huge pages at once
         self.guest.send(GuestReleased())
         self.guest.on_failed = self.guest.on_discard = None
-        self.end_record()
+        self._end_record_of_guest()
         self.guest.close()
 
     def _open_bulk(self) -> None:
@@ -451,6 +454,8 @@ class SourceMigration(Departure):
         """A person has decided where the guest runs, and answers for it (P4). Raises NotResolvableError unless it is paused."""
         if self.state is not State.PAUSED:
             raise NotResolvableError(f"migration {self.id}", expected="a paused one", got=str(self.state))
+        if here and self.guest.gone:
+            raise NotResolvableError(f"guest {self.guest_id}", expected="one that is here to run", got="its process has ended")
         if here and self._ran_there:
             what = f"guest {self.guest_id}"
             raise NotResolvableError(what, expected="one that may never have run there", got="its destination says it runs")
@@ -492,6 +497,29 @@ class SourceMigration(Departure):
     async def _dial(self) -> socket.socket:
         seconds = ANSWER_DEADLINE_SECONDS if self.epoch == 0 else DIAL_DEADLINE_SECONDS
         return await connect(self._address, deadline_seconds=seconds, congestion_control=self._congestion_control)
+
+    # --- without its guest's process --------------------------------------------------------------------------------
+
+    @property
+    def lacks_guest(self) -> bool:
+        return self._without_guest and self.guest.gone and not self.ended
+
+    def guest_returns(self, link: GuestLink) -> None:
+        """Its process has outlived the daemon too. Its files are those that are read already."""
+        self._stand_ins.append(self.guest)
+        self.guest = link
+        link.state = GuestState.LEAVING
+        link.on_failed, link.on_discard = self._guest_failed, self._discarded
+        self.log.info("guest is back, its migration is under way", peer=self.peer)
+        if link.hello is not None and link.hello.role == "running":  # it had been resumed here: the agent is the authority (P4)
+            self._runs_here = True
+            self._retry.set()
+
+    def _end_record_of_guest(self) -> None:
+        """Kept for a guest that has not come back, and may: it is told then how this has ended."""
+        if self._without_guest and self.guest.gone and self.record is not None:
+            self.records.earlier[self.id], self.record = self.record, None
+        self.end_record()
 
     # --- what can go wrong ------------------------------------------------------------------------------------------
 
@@ -571,7 +599,7 @@ class SourceMigration(Departure):
                 self.keep_record(may_run_there=False)
             self.guest.send(Resume(epoch=self.epoch, state=None))
         self._paused = False
-        self.end_record()
+        self._end_record_of_guest()
         self._stop_loops()  # before the pagemap is closed
         self.guest.untrack()
         self.guest.on_failed = self.guest.on_discard = None
@@ -584,6 +612,9 @@ class SourceMigration(Departure):
             self._figures = self._plane.figures()
             self._plane.close()
             self._plane = None
+        for stand_in in self._stand_ins:
+            stand_in.release()
+        self._stand_ins.clear()
 
     def _close(self) -> None:
         self._stop_loops()

@@ -3,8 +3,11 @@
 import asyncio
 import json
 import os
+import shutil
+import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -18,20 +21,25 @@ from migrate.dataplane import MemoryRegion
 from migrate.descriptor_store import DescriptorStore, StoredName
 from migrate.notify import Told
 from migrate.pair import Pair, Process
+from migrate.record import FOLDER
 from proto.messages import Prepare, Prepared, Running, Switchover
 from proto.states import Role
 
 from ..failure.fakes import FakeDestination, FakeGuest, FakeSource
 from ..path.commuter import Commuter, until
-from .service_manager import ServiceManager, same_file
+from .service_manager import DEADLINE_SECONDS, ServiceManager, same_file
 
 MIGRATION = "0123456789abcdef" * 2
-# Becomes the daemon, with files opened at 3, 4, … and the variables that say so, as a manager starts it.
+# Becomes the daemon, with the descriptors that it is handed at 3, 4, … and the variables that say so, as a manager starts it.
 SECOND_LIFE = """
-import os, sys
-for number, path in enumerate(sys.argv[1].split(":"), 3):
-    os.dup2(os.open(path, os.O_RDWR), number)
-    os.set_inheritable(number, True)
+import fcntl, os, socket, sys
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect(sys.argv[1])
+    _, handed, _, _ = socket.recv_fds(sock, 1, 64)
+for descriptor in handed:  # recv_fds of Python 3.11 passes no flags on
+    os.set_inheritable(descriptor, False)
+for number, descriptor in enumerate([fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, 100) for one in handed], 3):
+    os.dup2(descriptor, number)
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execv(sys.argv[2], sys.argv[2:])
 """
@@ -336,6 +344,7 @@ def test_memory_outlives_guest_and_daemon_and_is_held_by_its_next_life(manager: 
             first.kill()
         kept = os.dup(guest.memory.files[0])  # to attach with once more, below
     manager.messages.clear()
+    shutil.rmtree(tmp_path / "runtime" / FOLDER)  # and nobody knows what it was for: test_stored_guests.py
     second = second_life(tmp_path, manager, {name: descriptor, "no-such-thing": descriptor})
     try:
         manager.until_told(STATUS="holding memory of guests from before a restart: web")
@@ -360,13 +369,25 @@ def test_memory_outlives_guest_and_daemon_and_is_held_by_its_next_life(manager: 
         second.kill()
 
 
-def second_life(directory: Path, manager: ServiceManager, handed: dict[str, int]) -> ManagedDaemon:
+def second_life(directory: Path, manager: ServiceManager, handed: dict[str, int], role: str = "source") -> ManagedDaemon:
     """The manager starts the daemon again, with these descriptors."""
     for name in handed.keys() - manager.stored.keys():
         manager.stored[name] = os.dup(handed[name])
-    paths = ":".join(f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in handed.values())
-    with mock.patch.object(pair, "COMMAND", (sys.executable, "-P", "-c", SECOND_LIFE, paths, *pair.COMMAND)):
-        return ManagedDaemon(directory, manager, LISTEN_FDS=str(len(handed)), LISTEN_FDNAMES=":".join(handed))
+    path = directory / "handed"
+    with socket.create_server(str(path), family=socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.settimeout(DEADLINE_SECONDS)
+        handing = pool.submit(hand_over, listener, list(handed.values()))
+        with mock.patch.object(pair, "COMMAND", (sys.executable, "-P", "-c", SECOND_LIFE, str(path), *pair.COMMAND)):
+            daemon = ManagedDaemon(directory, manager, role, LISTEN_FDS=str(len(handed)), LISTEN_FDNAMES=":".join(handed))
+        handing.result()
+    path.unlink()
+    return daemon
+
+
+def hand_over(listener: socket.socket, descriptors: list[int]) -> None:
+    sock, _ = listener.accept()
+    with sock:
+        socket.send_fds(sock, [b"."], descriptors)
 
 
 def start_migration(daemon: ManagedDaemon, guest_id: str, address: str) -> None:

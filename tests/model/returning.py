@@ -9,7 +9,8 @@ What stands for what:
   dial              a connection made anew, and all that is said on it up to the destination's word, in one step: a cut amid it
                     is no dial at all, and the source dials again
 
-Pages are not in it: one step makes the guest whole while there is a connection, one loses all that are lacking (abandon). switchover.py has the same words with cuts and
+Pages are not in it: one step makes the guest whole while there is a connection, one loses all that
+are lacking (abandon). switchover.py has the same words with cuts and
 refusals in all orders, and no returns from records. Each field of Guards is one rule; False removes it.
 """
 
