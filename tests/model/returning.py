@@ -9,9 +9,9 @@ What stands for what:
   dial              a connection made anew, and all that is said on it up to the destination's word, in one step: a cut amid it
                     is no dial at all, and the source dials again
 
-Pages are not in it: one step makes the guest whole while there is a connection, one loses all that
-are lacking (abandon). switchover.py has the same words with cuts and
-refusals in all orders, and no returns from records. Each field of Guards is one rule; False removes it.
+Pages are not in it: one step makes the guest whole while there is a connection, one loses all that are lacking (abandon).
+switchover.py has the same words with cuts and refusals in all orders, and no returns from records. Each field of Guards is one
+rule; False removes it.
 """
 
 from collections.abc import Iterator
@@ -117,6 +117,8 @@ class Model:
             yield "source lets its guest go", _say(let_go, "to_destination", "released")._replace(source_record="")
         if state == "dialling":
             yield from self._dial(world)
+        if state == "returned" and world.source_record == "may run there":  # ``take_up``: with its memory, not waiting for it
+            yield "source returned: asks without its guest", world._replace(source="dialling")
         if state == "returned" and not (self.guards.agent_drains and world.to_here):
             yield from self._here_greets(world)
 

@@ -48,6 +48,7 @@ def test_the_model_does_what_it_is_about() -> None:
         "source returned: its guest runs",
         "source returned: resumes",
         "source returned: asks",
+        "source returned: asks without its guest",
         "source returned: complete",
         "destination returns: it never will",
         "destination returned: waiting",
