@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from migrate import uffd
+from migrate.errors import PostcopyError
 from migrate.guest_link import GuestLink
 from migrate.notify import Told, is_managed, store, take_descriptors, unstore
 from migrate.region import is_memory_file
@@ -91,8 +92,13 @@ class HeldSet:
         userfaultfd = next((it for name, it in self.descriptors.items() if name.part == USERFAULTFD), -1)
         if userfaultfd < 0:
             return False
-        filled = uffd.Userfaultfd.borrow(userfaultfd).continue_(NOBODYS_ADDRESS, mmap.PAGESIZE)
-        return filled.outcome is uffd.Outcome.PROCESS_GONE
+        try:
+            return (
+                uffd.Userfaultfd.borrow(userfaultfd).continue_(NOBODYS_ADDRESS, mmap.PAGESIZE).outcome
+                is uffd.Outcome.PROCESS_GONE
+            )
+        except PostcopyError:  # whatever else is wrong with it, nobody has said that it has ended
+            return False
 
     def concerns(self, link: GuestLink) -> bool:
         """Whether the guest that has attached makes it superfluous: it brought the same memory files, or it is the

@@ -459,6 +459,9 @@ class SourceMigration(Departure):
         if here and self._ran_there:
             what = f"guest {self.guest_id}"
             raise NotResolvableError(what, expected="one that may never have run there", got="its destination says it runs")
+        self._decide(here=here)
+
+    def _decide(self, *, here: bool) -> None:
         self._runs_here = here
         self._retry.set()
         if self._control is not None:  # of an attempt that waits for its answer
@@ -511,9 +514,9 @@ class SourceMigration(Departure):
         link.state = GuestState.LEAVING
         link.on_failed, link.on_discard = self._guest_failed, self._discarded
         self.log.info("guest is back, its migration is under way", peer=self.peer)
-        if link.hello is not None and link.hello.role == "running":  # it had been resumed here: the agent is the authority (P4)
-            self._runs_here = True
-            self._retry.set()
+        resumed_here = link.hello is not None and link.hello.role == "running"  # the agent is the authority on that (P4)
+        if resumed_here and self.state is State.PAUSED and not self._ran_there:
+            self._decide(here=True)
 
     def _end_record_of_guest(self) -> None:
         """Kept for a guest that has not come back, and may: it is told then how this has ended."""

@@ -63,8 +63,11 @@ def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
         responses=refusals(
             {
                 400: ("request-malformed", "The body is not JSON."),
-                404: ("not-found", "No guest of that id is attached."),
-                409: ("not-resolvable", "It is not paused, or the destination has said that it runs there."),
+                404: ("not-found", "No guest of that id is attached, or leaves without its process."),
+                409: (
+                    "not-resolvable",
+                    "It is not paused, the destination has said that it runs there, or its process has ended.",
+                ),
                 413: ("request-too-large", "The body."),
                 415: ("media-type", "The body is not declared as application/json."),
                 422: ("request-invalid", "The path, or the body."),

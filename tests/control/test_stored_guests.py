@@ -147,6 +147,15 @@ def test_destination_that_never_will(left: Left, first: str) -> None:
     left.forgets()
 
 
+def test_guest_that_runs_here(left: Left) -> None:
+    """It had been resumed, and nothing was recorded of that: its agent is the authority (P4)."""
+    left.dialled()
+    left.guest_returns("running")
+    left.forgets()
+    with DaemonClient(left.daemon.runtime_dir) as client:
+        assert [one["state"] for one in client.guests()] == ["running"]
+
+
 def test_a_person_decides(left: Left) -> None:
     """Its destination has ended for good. Nobody can run here."""
     left.fake.__exit__(None, None, None)
