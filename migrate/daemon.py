@@ -106,7 +106,7 @@ class Daemon:
 
     # --- guests -----------------------------------------------------------------------------------------------------
 
-    def _guest_hello(self, link: GuestLink) -> Callable[[], None] | None:
+    def _guest_hello(self, link: GuestLink) -> Callable[[], object] | None:
         if link.guest_id in self.guests:
             raise GuestRefusedError(
                 "guest id", expected="one that no attached guest has", got=link.guest_id, code="guest-id-taken"
@@ -195,50 +195,57 @@ class Daemon:
         self._start(migration)
         return migration
 
-    def take_back_source(self, guest: GuestLink, record: Record) -> None:
-        """A migration of an earlier life goes on: the guest is paused here, and the destination will be asked."""
-        self._start(
-            SourceMigration(
-                guest,
-                Address.parse(record.peer),
-                self.quiet,
-                self._migration_ended,
-                bulk=record.bulk,
-                streams=record.streams,
-                congestion_control=self._congestion_control,
-                poll_ns=self._poll_ns,
-                pacing=self._pacing,
-                tls=self.tls,
-                record=record,
-            )
+    def take_back_source(
+        self, guest: GuestLink, record: Record, bulk_limit_bytes_per_second: int | None = None
+    ) -> SourceMigration:
+        """A migration of an earlier life, or one that has stalled, goes on: the guest is paused here, and the destination will be
+        asked."""
+        migration = SourceMigration(
+            guest,
+            Address.parse(record.peer),
+            self.quiet,
+            self._migration_ended,
+            bulk=record.bulk,
+            streams=record.streams,
+            congestion_control=self._congestion_control,
+            poll_ns=self._poll_ns,
+            pacing=self._pacing,
+            bulk_limit_bytes_per_second=bulk_limit_bytes_per_second,
+            tls=self.tls,
+            record=record,
         )
+        self._start(migration)
+        return migration
 
-    def take_back_destination(self, guest: GuestLink, record: Record) -> None:
+    def take_back_destination(self, guest: GuestLink, record: Record) -> DestinationMigration:
         """The same of a guest that runs here and lacks pages."""
-        self._start(
-            DestinationMigration(
-                bytes.fromhex(record.migration_id),
-                record.peer,
-                ControlConnection(),
-                self.take_waiting,
-                self.quiet,
-                self.room,
-                self._migration_ended,
-                poll_ns=self._poll_ns,
-                streams_max=self._streams_max,
-                record=record,
-                guest=guest,
-            )
+        migration = DestinationMigration(
+            bytes.fromhex(record.migration_id),
+            record.peer,
+            ControlConnection(),
+            self.take_waiting,
+            self.quiet,
+            self.room,
+            self._migration_ended,
+            poll_ns=self._poll_ns,
+            streams_max=self._streams_max,
+            record=record,
+            guest=guest,
         )
+        self._start(migration)
+        return migration
 
-    def recover(self, migration: SourceMigration | DestinationMigration, address: Address | None) -> None:
-        """Have a paused migration dial at once, from now on there. Raises NotRecoverableError, ListenRefusedError."""
+    def recover(self, migration: SourceMigration | DestinationMigration, address: Address | None) -> SourceMigration:
+        """Have a paused or stalled migration dial at once, from now on there. Raises NotRecoverableError, ListenRefusedError."""
         if not isinstance(migration, SourceMigration):
             got = f"the destination; {migration.peer} is the source"
             raise NotRecoverableError(f"migration {migration.id}", expected="to be asked at its source", got=got)
         if address is not None:
             self._require_safe(address, "destination")
+        if migration.state is State.STALLED:
+            migration = returning.go_on_at_source(self, migration)
         migration.recover(address)
+        return migration
 
     def _require_safe(self, address: Address, what: str) -> None:
         """Raises ListenRefusedError."""
@@ -380,6 +387,8 @@ class Daemon:
         if not hmac.compare_digest(preamble.token, migration.token):
             await came.answer(AnswerCode.TOKEN_WRONG)
             raise ProtocolError("token-wrong", "control connection", expected="the migration's token", got="another")
+        if migration.can_go_on:
+            migration = returning.go_on_at_destination(self, migration)
         if migration.answers_later:
             await came.answer(AnswerCode.BUSY)
             raise ProtocolError("busy", "control connection", expected="a guest that has been taken back", got="not yet")

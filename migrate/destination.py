@@ -1,9 +1,10 @@
 """The destination's half of a migration: take a waiting guest, resume it, resolve its faults until all pages are here.
 
 A migration that loses a connection after the switchover is PAUSED until the source has made others (recovery.py): the guest
-waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED stays so, its guest
-waits likewise. In both the operator may give the source up: ABANDONED (dataplane/abandon.c), also while the source is dialling.
-That is recorded before the first page is lost: a daemon that is killed then, or later, gives up the rest when it is back.
+waits for pages that are not here, for nothing else, and nothing is unregistered (P3). One that is STALLED, its guest waiting
+likewise, goes on when a source dials that a person has told to; by itself it does not, as it is not the path that is wrong. In
+both the operator may give the source up: ABANDONED (dataplane/abandon.c), also while the source is dialling. That is recorded
+before the first page is lost: a daemon that is killed then, or later, gives up the rest when it is back.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from migrate.errors import (
     ConnectionLostError,
     GuestGoneError,
     NotAbandonableError,
+    PeerRefusedError,
     PostcopyError,
 )
 from migrate.greeting import DataSocket
@@ -465,6 +467,32 @@ class DestinationMigration(Arrival):
         self.advance(Event.RUNNING)
         self.log.info("migration recovered", epoch=self.epoch, peer=self.peer)
 
+    @property
+    def can_go_on(self) -> bool:
+        """Stalled, and its guest has run here and lives: with another connection it goes on, as after a restart."""
+        ran_here = not self._timeline.keys().isdisjoint((State.POSTCOPY, State.PAUSED))
+        lives = self.guest is not None and not self.guest.gone
+        return (
+            self.state is State.STALLED
+            and self.told
+            and ran_here
+            and lives
+            and self._asked is None
+            and self._plane is not None
+            and self.record is not None
+        )
+
+    def leave(self) -> tuple[GuestLink, Record]:
+        """Once it ``can_go_on``: what another one begins with, as if the guest had just brought its page states back."""
+        assert self._plane is not None
+        assert self.guest is not None
+        assert self.record is not None
+        states_fd = os.dup(self._plane.states_fd)
+        self._let_go()
+        self.guest.takes_back(states_fd)
+        record, self.record = self.record, None
+        return self.guest, record
+
     async def reconnect(self, control: ControlConnection, epoch: int) -> None:
         """The source has dialled again, in a newer epoch, and has proven itself: it is told how things stand."""
         recover = await control.receive(Recover, deadline_seconds=ATTACH_DEADLINE_SECONDS)
@@ -488,7 +516,8 @@ class DestinationMigration(Arrival):
         elif self.ended:
             control.send(Aborted(epoch=0, reason=self.error.what if self.error else str(self.state)))
         else:
-            control.refuse(GuestGoneError(f"guest {self.guest_id}", expected="one that can go on", got=str(self.state)))
+            got = f"{self.state}: {self.error.what}, {self.error.got}" if self.error else str(self.state)
+            control.refuse(GuestGoneError(f"guest {self.guest_id}", expected="one that can go on", got=got))
         control.close()
 
     # --- without the source -----------------------------------------------------------------------------------------
@@ -520,7 +549,7 @@ class DestinationMigration(Arrival):
     def _check_abandonable(self) -> None:
         """Its guest waits, for a source that may be dialling this moment. Raises NotAbandonableError."""
         waits = (self.state is State.PAUSED and self._again is not None) or (self.state is State.STALLED and self.told)
-        got = str(self.state)
+        got = f"{self.state}, its guest gone" if self.guest is not None and self.guest.gone else str(self.state)
         if self._asked is not None:
             got = "one that is being given up"
         elif self._final.done():
@@ -672,11 +701,14 @@ class DestinationMigration(Arrival):
             self.advance(Event.STALL)
             if self.guest is not None:
                 self.guest.state = GuestState.LOST
-            if isinstance(error, ProtocolError):
+            if not isinstance(error, PeerRefusedError):
                 self._control.refuse(error)
-            self.log.error(
-                "migration stalled: the guest waits for pages that are still at the source", reason=str(error), peer=self.peer
-            )
+            if isinstance(error, GuestGoneError):
+                self.log.error("migration stalled: its guest has ended here", reason=str(error), peer=self.peer)
+                return error
+            what = "migration stalled: the guest waits for pages that are still at the source"
+            hint = f"once the reason is gone, at the source: postcopy recover {self.id[:8]}"
+            self.log.error(what, reason=str(error), peer=self.peer, hint=hint)
             return error
         if isinstance(error, CancelledByPeerError):
             self.advance(Event.CANCEL)

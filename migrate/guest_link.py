@@ -72,7 +72,7 @@ class GuestLink:
     def __init__(
         self,
         sock: socket.socket,
-        on_hello: Callable[["GuestLink"], Callable[[], None] | None],
+        on_hello: Callable[["GuestLink"], Callable[[], object] | None],
         on_gone: Callable[["GuestLink"], None],
     ) -> None:
         sock.setblocking(False)
@@ -344,6 +344,15 @@ class GuestLink:
         self.send(Welcome(major=PROTOCOL_MAJOR, minor=PROTOCOL_MINOR, software=f"postcopy {__version__}"))
         if go_on is not None:
             go_on()
+
+    def takes_back(self, states_fd: int) -> None:
+        """Ours to close: page states of a migration that has stalled, for the one that goes on. Raises as ``_own`` does."""
+        if self.states_fd >= 0:
+            self._descriptors.remove(self.states_fd)
+            os.close(self.states_fd)
+            self.states_fd = -1
+        self._descriptors.append(states_fd)
+        self._own(states_fd)
 
     def _own(self, states_fd: int) -> None:
         """No other daemon, hung or stopped, may still write this guest's memory. Raises GuestRefusedError, OSError."""

@@ -19,6 +19,9 @@ process at the source has ended too. At the destination a guest whose process ha
 
 A destination that had recorded no resume decides at once, before any guest is here. The agent is the authority on who runs: it
 has read all of its old connection before it says hello.
+
+What has stalled goes on in the same way without a restart, when a person says so: another migration takes its place
+(``go_on_at_source``, ``go_on_at_destination``).
 """
 
 import hmac
@@ -29,7 +32,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from migrate.descriptor_store import HeldSet, identity
-from migrate.destination import abandoned
+from migrate.destination import DestinationMigration, abandoned
 from migrate.errors import GuestGoneError, NotResolvableError, PostcopyError
 from migrate.greeting import Incoming
 from migrate.guest_link import GuestLink, GuestState
@@ -38,7 +41,7 @@ from migrate.source import SourceMigration
 from proto.errors import ProtocolError
 from proto.messages import Aborted, Complete, GuestReleased, Recover, Released, Resume
 from proto.preamble import AnswerCode, Preamble
-from proto.states import Role
+from proto.states import Role, State
 
 if TYPE_CHECKING:
     from migrate.daemon import Daemon
@@ -94,7 +97,7 @@ def _conclude(daemon: "Daemon", record: Record, verdict: str) -> None:
     log.info("migration of an earlier life", guest=record.guest_id, migration=record.migration_id, verdict=verdict)
 
 
-def go_on(daemon: "Daemon", link: GuestLink) -> Callable[[], None] | None:
+def go_on(daemon: "Daemon", link: GuestLink) -> Callable[[], object] | None:
     """A guest has attached: what is to be done once it is welcomed."""
     assert link.hello is not None
     if (under_way := _taken_up(daemon, link)) is not None:
@@ -119,7 +122,8 @@ def _lacking(daemon: "Daemon") -> list[SourceMigration]:
 
 def guest_that_lacks(daemon: "Daemon", guest_id: str) -> GuestLink | None:
     """What stands for a guest of that name whose process has not come back."""
-    return next((one.guest for one in _lacking(daemon) if one.guest_id == guest_id), None)
+    kept = (one for one in daemon.migrations.values() if isinstance(one, SourceMigration) and one.holds_memory_alone)
+    return next((one.guest for one in kept if one.guest_id == guest_id), None)
 
 
 def _taken_up(daemon: "Daemon", link: GuestLink) -> SourceMigration | None:
@@ -129,7 +133,7 @@ def _taken_up(daemon: "Daemon", link: GuestLink) -> SourceMigration | None:
     return next((one for one in _lacking(daemon) if (one.guest_id, one.guest.files) == (link.guest_id, link.files)), None)
 
 
-def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], None] | None:
+def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], object] | None:
     if record is None:
         _tell_undecided(link)
         return None
@@ -141,7 +145,7 @@ def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callabl
     return lambda: daemon.take_back_source(link, _taken(daemon, record))
 
 
-def _arriving(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], None] | None:
+def _arriving(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], object] | None:
     if record is None or record.verdict == "aborted":
         _tell_undecided(link)
         return None
@@ -167,6 +171,9 @@ def resolve(daemon: "Daemon", link: GuestLink, *, here: bool) -> None:
     """A person has decided where the guest runs. Raises NotResolvableError unless it is paused here."""
     migration = daemon.migration_of(link)
     if isinstance(migration, SourceMigration):
+        migration.check_resolvable(here=here)
+        if migration.state is State.STALLED:
+            migration = go_on_at_source(daemon, migration)
         migration.resolve(here=here)
         return
     if link.state is not GuestState.UNDECIDED or link.hello is None or link.hello.role != "paused":
@@ -176,6 +183,21 @@ def resolve(daemon: "Daemon", link: GuestLink, *, here: bool) -> None:
         return
     link.send(GuestReleased())
     link.close()
+
+
+def go_on_at_source(daemon: "Daemon", stalled: SourceMigration) -> SourceMigration:
+    """A person has said so: another migration in the place of one that has stalled, from its record, as after a restart.
+    Raises NotRecoverableError."""
+    record = stalled.leave()
+    log.info("stalled migration is taken up again", guest=stalled.guest_id, migration=stalled.id)
+    return daemon.take_back_source(stalled.guest, record, stalled.bulk_limit_bytes_per_second)
+
+
+def go_on_at_destination(daemon: "Daemon", stalled: DestinationMigration) -> DestinationMigration:
+    """Its source has dialled again."""
+    guest, record = stalled.leave()
+    log.info("stalled migration is taken up again", guest=stalled.guest_id, migration=stalled.id)
+    return daemon.take_back_destination(guest, record)
 
 
 def run_on(daemon: "Daemon", link: GuestLink, record: Record | None) -> None:

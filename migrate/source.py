@@ -1,7 +1,8 @@
 """The source's half of a migration: offer, connect, switch over, serve pages until the destination has them all.
 
 A migration that loses a connection after the switchover is PAUSED until others have been made (recovery.py): the guest stays
-paused here, its pages are kept. One that is STALLED stays so: it is not the path that is wrong.
+paused here, its pages are kept. One that is STALLED stays so until a person has it dial again or decides: it is not the path
+that is wrong.
 """
 
 import asyncio
@@ -258,7 +259,7 @@ class SourceMigration(Departure):
             try:
                 await step()
             except Exception as error:
-                if self.state not in (State.SWITCHOVER, State.POSTCOPY) or not is_lost(error):
+                if not self._may_be_asked_again(error):
                     raise
                 self._end_epoch()
                 self.error = error_facts(error)
@@ -267,6 +268,12 @@ class SourceMigration(Departure):
                 step = self._recover
             else:
                 step = self._serve_until_complete
+
+    def _may_be_asked_again(self, error: Exception) -> bool:
+        """The path is lost; or the destination, whatever it has answered, has not said where the guest runs."""
+        if self.state is State.SWITCHOVER:
+            return not isinstance(error, AbortedError)
+        return self.state is State.POSTCOPY and is_lost(error)
 
     # --- switchover -------------------------------------------------------------------------------------------------
 
@@ -452,14 +459,25 @@ class SourceMigration(Departure):
 
     def resolve(self, *, here: bool) -> None:
         """A person has decided where the guest runs, and answers for it (P4). Raises NotResolvableError unless it is paused."""
-        if self.state is not State.PAUSED:
-            raise NotResolvableError(f"migration {self.id}", expected="a paused one", got=str(self.state))
+        self.check_resolvable(here=here)
+        self._decide(here=here)
+
+    def check_resolvable(self, *, here: bool) -> None:
+        """Raises NotResolvableError."""
+        if self.state not in (State.PAUSED, State.STALLED):
+            raise NotResolvableError(f"migration {self.id}", expected="a paused or stalled one", got=str(self.state))
         if here and self.guest.gone:
             raise NotResolvableError(f"guest {self.guest_id}", expected="one that is here to run", got="its process has ended")
         if here and self._ran_there:
             what = f"guest {self.guest_id}"
             raise NotResolvableError(what, expected="one that may never have run there", got="its destination says it runs")
-        self._decide(here=here)
+
+    def leave(self) -> Record:
+        """Once it has stalled: what another one begins with. Raises NotRecoverableError."""
+        record, self.record = self.record, None
+        if record is None or not self.told or self.guest.released:
+            raise NotRecoverableError(f"migration {self.id}", expected="one that can go on", got="one that is being ended")
+        return record.changed(ran_there=self._ran_there)
 
     def _decide(self, *, here: bool) -> None:
         self._runs_here = here
@@ -506,6 +524,11 @@ class SourceMigration(Departure):
     @property
     def lacks_guest(self) -> bool:
         return self._without_guest and self.guest.gone and not self.ended
+
+    @property
+    def holds_memory_alone(self) -> bool:
+        """Its guest's process has ended, in this life or before it."""
+        return self.guest.gone and self.state in (State.PAUSED, State.STALLED)
 
     def guest_returns(self, link: GuestLink) -> None:
         """Its process has outlived the daemon too. Its files are those that are read already."""
@@ -586,9 +609,11 @@ class SourceMigration(Departure):
         aborted = isinstance(error, AbortedError) and undecided
         if self.state in AFTER_SWITCHOVER and not aborted:
             self.advance(Event.STALL)
-            if self._control is not None and isinstance(error, ProtocolError):
+            if self._control is not None and not isinstance(error, PeerRefusedError):
                 self._control.refuse(error)
-            self.log.error("migration stalled: the guest stays paused here, its pages kept", reason=str(error), peer=self.peer)
+            what = "migration stalled: the guest stays paused here, its pages kept"
+            hint = f"once the reason is gone: postcopy recover {self.id[:8]}; if that cannot be: postcopy resolve {self.guest_id}"
+            self.log.error(what, reason=str(error), peer=self.peer, hint=hint)
             return
         if self._control is not None and not isinstance(error, PeerRefusedError):
             self._control.refuse(error)

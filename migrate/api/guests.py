@@ -66,7 +66,7 @@ def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
                 404: ("not-found", "No guest of that id is attached, or leaves without its process."),
                 409: (
                     "not-resolvable",
-                    "It is not paused, the destination has said that it runs there, or its process has ended.",
+                    "It is neither paused nor stalled, its destination has said that it runs there, or its process has ended.",
                 ),
                 413: ("request-too-large", "The body."),
                 415: ("media-type", "The body is not declared as application/json."),

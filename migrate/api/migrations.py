@@ -224,7 +224,7 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
                 400: ("request-malformed", "The body is not JSON."),
                 403: ("listen-refused", "The destination is beyond loopback, and the daemon runs without --insecure."),
                 404: NOT_FOUND,
-                409: ("not-recoverable", "It is not paused, or this is the destination, which does not dial."),
+                409: ("not-recoverable", "It is neither paused nor stalled, or this is the destination, which does not dial."),
                 413: ("request-too-large", "The body."),
                 415: ("media-type", "The body is not declared as application/json."),
                 422: INVALID,
@@ -232,8 +232,8 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
         ),
     )
     async def recover(migration_id: MigrationId, request: RecoverRequest) -> MigrationStatus:
-        """A paused migration dials by itself; this is for a destination that is reached in another way now."""
+        """A paused migration dials by itself; this is for a destination that is reached in another way now. And for one that has
+        stalled, once its reason is gone: it dials again, and goes on where it was."""
         found = daemon.migration(migration_id)
         address = None if request.destination is None else Address.parse(request.destination)
-        daemon.recover(found, address)
-        return found.status()
+        return daemon.recover(found, address).status()

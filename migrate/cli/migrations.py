@@ -267,7 +267,8 @@ def recover(
     daemon: DaemonOption = "source",
     as_json: JsonOption = False,
 ) -> None:
-    """Have a paused migration dial at once, which it does by itself too; or another address from now on."""
+    """Have a paused migration dial at once, which it does by itself too; or another address from now on. One that has stalled
+    dials again by this alone."""
     with _client(daemon) as client:
         now = client.recover(migration, to)
     typer.echo(now.model_dump_json(indent=2) if as_json else f"dialling {now.peer}: guest {now.guest_id} waits for its pages")
