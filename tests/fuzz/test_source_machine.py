@@ -75,6 +75,7 @@ class StubGuest:
         self.hello = Hello(
             major=1, minor=0, guest_id=name, role="running", regions=memory.regions, memory_files=1, offers=["tracking"]
         )
+        self.regions_by_file = memory.regions
         self.regions = [
             MemoryRegion(one.guest_address, one.size_bytes, one.offset_bytes, one.page_bytes, memory.files[one.memory_file])
             for one in memory.regions
