@@ -215,6 +215,7 @@ class Daemon:
             record=record,
         )
         self._start(migration)
+        migration.taken_back(record)
         return migration
 
     def take_back_destination(self, guest: GuestLink, record: Record) -> DestinationMigration:
@@ -233,6 +234,7 @@ class Daemon:
             guest=guest,
         )
         self._start(migration)
+        migration.taken_back(record)
         return migration
 
     def recover(self, migration: SourceMigration | DestinationMigration, address: Address | None) -> SourceMigration:

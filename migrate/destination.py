@@ -177,12 +177,16 @@ class DestinationMigration(Arrival):
         if not guest.keep(plane.states_fd):
             self.log.warning("guest would not survive the end of this daemon", reason="it keeps no page states for another one")
 
+    def taken_back(self, record: Record) -> None:
+        """Before anything can fail: a failure before the switchover would empty its memory."""
+        assert self.guest is not None
+        self.advance(Event.TAKEN_BACK)
+        self.epoch, self.guest_id, self._precopy = record.epoch, self.guest.guest_id, record.precopy
+        self.log = self.log.bind(guest=self.guest_id)
+
     async def _take_back(self, record: Record) -> None:
         """Of an earlier life: the guest runs here, on what was here; the source will dial again (P6)."""
         assert self.guest is not None
-        self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would empty its memory
-        self.epoch, self.guest_id, self._precopy = record.epoch, self.guest.guest_id, record.precopy
-        self.log = self.log.bind(guest=self.guest_id)
         self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a restart of this daemon"))
         plane = await self._restore(self.guest, record)
         plane.open()

@@ -124,7 +124,7 @@ class SourceMigration(Departure):
         error: Exception | None = None
         try:
             if self.record is not None:
-                await self._take_back(self.record)
+                await self._take_back()
                 await self._leave(self._recover)
             else:
                 await self._connect()
@@ -142,17 +142,20 @@ class SourceMigration(Departure):
             self._close()
             self.end(error)
 
-    async def _take_back(self, record: Record) -> None:
+    async def _take_back(self) -> None:
         """Of an earlier life: the guest is paused, and may have been resumed at the destination, which is asked (P6)."""
-        self.advance(Event.TAKEN_BACK)  # before anything can fail: a failure before the switchover would resume the guest
-        self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
-        self._paused, self._ran_there = True, record.ran_there
         await self._make_plane_again()
         if self.state is State.COMPLETE:
             return
         if self.before_switchover is not None:
             await self.before_switchover()
         self.log.warning("migration taken back after a restart, dialling its destination", peer=self.peer, epoch=self.epoch)
+
+    def taken_back(self, record: Record) -> None:
+        """Before anything can fail: a failure before the switchover would resume the guest."""
+        self.advance(Event.TAKEN_BACK)
+        self.epoch, self._token = record.epoch, bytes.fromhex(record.token)
+        self._paused, self._ran_there = True, record.ran_there
 
     async def _make_plane_again(self) -> None:
         """Once this host has what it takes, or a person has decided meanwhile (``_heed_decision``)."""

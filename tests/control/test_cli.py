@@ -19,7 +19,7 @@ from migrate.errors import PostcopyError
 from migrate.guest.memory import MemorySpec
 from migrate.pair import COMMAND, Pair
 from migrate.session import MigrationStatus
-from proto.messages import Cancel, Prepared, Refused
+from proto.messages import Cancel, Prepared, Refused, Running
 from proto.states import State
 
 from ..failure.fakes import FakeDestination, FakeGuest
@@ -262,6 +262,7 @@ def test_stalled_migration_is_4(cli: Cli, pair: Pair) -> None:
             fake.prepare(guest)
             fake.control.send(Prepared())
             guest.pauses()
+            fake.control.send(Running(epoch=0))
             fake.control.send(Refused(code="failed", what="the destination", expected="to go on", got="its end"))
             out, _ = child.communicate(timeout=20)
     assert child.returncode == 4

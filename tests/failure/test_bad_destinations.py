@@ -178,13 +178,15 @@ def test_request_is_refused(pair: Pair, commuter: Commuter, field: str) -> None:
         refusal = fake.refusal_after_switchover()
         assert refusal.code == "frame-invalid"
         assert f"frame {field} (" in refusal.what
-        status = wait_settled(client, migration_id)
-        assert status.state == "stalled"
+        until(lambda: client.status(migration_id).state == "paused", "it is asked again")
+        status = client.status(migration_id)
         assert status.error is not None
         assert status.error.code == "frame-invalid"
         assert guest.told_nothing()
         with pytest.raises(PostcopyError, match="leaving") as busy:
             client.migrate("leaves", fake.address)
         assert busy.value.code == "guest-busy"
+        client.resolve("leaves", here=False)
+        assert wait_settled(client, migration_id).state == "complete"
     until(lambda: f"frame {field}" in pair.source.log(), "the reason in the log")
     commuter.move()

@@ -147,8 +147,8 @@ OUTCOMES: dict[str, tuple[Callable[[Move], None], str, set[str], set[str], set[s
         truncates_at_the_source,
         "memfd",
         {"stalled"},
-        {"paused", "stalled"},
-        {"connection-lost", "peer-closed", "connection-failed"},
+        {"stalled"},
+        {"memory-failed"},  # as the source says
     ),
     "punches its file at the source": (punches_at_the_source, "memfd", {"complete"}, {"complete"}, {None}),
     "truncates its file at the destination": (
