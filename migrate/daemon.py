@@ -40,10 +40,11 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.half_open import HalfOpen
 from migrate.http import HttpServers
 from migrate.metrics import Totals
-from migrate.network import Address, accept, listen, require_explicit, require_loopback, tune
+from migrate.network import Address, accept, host_of, listen, require_explicit, require_loopback, tune
 from migrate.notify import extend_timeout, notify, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.record import Record, RecordBook
+from migrate.refusals import Refusals, code_of
 from migrate.region import fit_text, shape_of
 from migrate.room import Room
 from migrate.session import Migration
@@ -59,6 +60,7 @@ log = structlog.get_logger("postcopy.daemon")
 ENDED_MIGRATIONS_KEPT = 64
 HALF_OPEN_MAX = 64
 PREAMBLE_DEADLINE_SECONDS = 5.0
+TOO_MANY_SILENT = ProtocolError("busy", "connection", expected="to say at once who it is", got="nothing, and too many others")
 EXTENSION_SECONDS = 30.0  # of the service manager's patience with an end that waits for pages
 
 
@@ -101,7 +103,8 @@ class Daemon:
         self._pacing = pacing
         self._links: dict[GuestLink, None] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
-        self._half_open = HalfOpen(HALF_OPEN_MAX)
+        self.refusals = Refusals()
+        self._half_open = HalfOpen(HALF_OPEN_MAX, lambda peer: self._refuse(TOO_MANY_SILENT, peer))
         self._terminations = 0
 
     # --- guests -----------------------------------------------------------------------------------------------------
@@ -263,7 +266,7 @@ class Daemon:
         self.migrations[migration.id] = migration
         migration.first_event = self.events.newest + 1
         migration.on_advance = self._migration_advanced
-        migration.records = self.records
+        migration.records, migration.refusals = self.records, self.refusals
         self._migration_advanced(migration)
         migration.before_switchover = lambda: self._store(migration)
         migration.task = asyncio.get_running_loop().create_task(migration.run())
@@ -304,10 +307,19 @@ class Daemon:
     async def _accept_peers(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, place = await accept(listener)
-            task = loop.create_task(self._greet_peer(sock, str(Address(*place[:2]))))
+            sock, place = await accept(listener, self._cannot_accept)
+            peer = str(Address(*place[:2]))
+            task = loop.create_task(self._greet_peer(sock, peer))
             self._keep(task)
-            self._half_open.admit(task, sock, answers=self.tls is None)
+            self._half_open.admit(task, sock, peer, answers=self.tls is None)
+
+    def _cannot_accept(self, error: OSError) -> None:
+        hint = "raise the limit of open files (LimitNOFILE)"
+        self.refusals.tell(log.error, "no connection can be accepted", error, "", hint=hint)
+
+    def _refuse(self, error: Exception, peer: str) -> None:
+        self.refusals.count("migration", code_of(error))
+        self.refusals.tell(log.warning, "connection refused", error, host_of(peer), peer=peer)
 
     async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -324,7 +336,7 @@ class Daemon:
                 came.close()
                 raise
         except (ProtocolError, PostcopyError, OSError) as error:
-            log.warning("connection refused", peer=peer, reason=str(error))
+            self._refuse(error, peer)
             sock.close()
         except asyncio.CancelledError:  # it gave way, or the daemon ends
             sock.close()
@@ -408,11 +420,11 @@ class Daemon:
 
     async def _accept_guests(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = await accept(listener)
+            sock, _ = await accept(listener, self._cannot_accept)
             strangers = [link for link in self._links if link.hello is None]
             if len(strangers) >= HALF_OPEN_MAX:
-                strangers[0].close()
-            self._links[GuestLink(sock, self._guest_hello, self._guest_gone)] = None
+                strangers[0].gives_way(TOO_MANY_SILENT)
+            self._links[GuestLink(sock, self._guest_hello, self._guest_gone, self.refusals)] = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -466,6 +478,7 @@ class Daemon:
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):
                 (self.runtime_dir / name).unlink(missing_ok=True)
             self.records.close()
+            self.refusals.close()
             log.info("ended")
 
     def _tell_held(self) -> None:

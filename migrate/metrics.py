@@ -133,6 +133,15 @@ class DaemonCollector(Collector):
             guests.add_metric([state], number)
         yield guests
 
+        refused = CounterMetricFamily(
+            "postcopy_connections_refused",
+            "Connections turned away, by the socket that they came to.",
+            labels=["socket", "reason"],
+        )
+        for (where, reason), number in daemon.refusals.counts.items():
+            refused.add_metric([where, reason], number)
+        yield refused
+
         phase = GaugeMetricFamily(
             "postcopy_migration_phase", "1 for the state that a migration is in.", labels=["role", "guest", "phase"]
         )

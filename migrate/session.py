@@ -14,6 +14,7 @@ from migrate.clock import monotonic_ns
 from migrate.dataplane import LoopResult, LoopThread, LostRun
 from migrate.errors import NotAbandonableError, NotCancellableError, NotLimitableError, PostcopyError
 from migrate.record import Record, RecordBook
+from migrate.refusals import Refusals, code_of
 from proto.errors import ProtocolError
 from proto.messages import FaultKind, LatencySummary
 from proto.states import ENDED, SETTLED, Event, Role, State, advance
@@ -169,6 +170,7 @@ class Migration:
         self.on_advance: Callable[[Migration], None] = lambda _: None
         self.records = RecordBook()  # the daemon's
         self.record: Record | None = None  # what it says of this migration
+        self.refusals = Refusals()  # the daemon's
         self.first_event = 0  # the daemon's events from this number on may be about it
         self._settled = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
@@ -376,8 +378,7 @@ def utc(wall_ns: int) -> datetime:
 def error_facts(error: Exception) -> ErrorFacts:
     if isinstance(error, PostcopyError | ProtocolError):
         return ErrorFacts(code=error.code, what=error.what, expected=error.expected, got=error.got)
-    code = "connection-failed" if isinstance(error, OSError) else "internal"
-    return ErrorFacts(code=code, what=f"{type(error).__name__}: {error}", expected="", got="")
+    return ErrorFacts(code=code_of(error), what=f"{type(error).__name__}: {error}", expected="", got="")
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
