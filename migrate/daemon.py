@@ -41,7 +41,7 @@ from migrate.half_open import HalfOpen
 from migrate.http import HttpServers
 from migrate.metrics import Totals
 from migrate.network import Address, accept, host_of, listen, require_explicit, require_loopback, tune
-from migrate.notify import extend_timeout, notify, watchdog_period_seconds
+from migrate.notify import extend_timeout, notify, reloading, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.record import Record, RecordBook
 from migrate.refusals import Refusals, code_of
@@ -50,7 +50,7 @@ from migrate.room import Room
 from migrate.session import Migration
 from migrate.source import SourceMigration
 from migrate.switchover import Quiet
-from migrate.tls import Tls
+from migrate.tls import Tls, utc_text
 from proto.errors import ProtocolError
 from proto.messages import STREAMS_MAX, Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
@@ -456,6 +456,7 @@ class Daemon:
             await http.start_metrics(metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._keep(loop.create_task(self._read_anew())))
         gc.collect()
         gc.freeze()
         write_info(self.runtime_dir / INFO_FILE, info)
@@ -499,6 +500,29 @@ class Daemon:
         self._changed.set()
         if self._terminations > 1:
             log.warning("ending now: guests in postcopy stall until a daemon takes them back")
+
+    async def _read_anew(self) -> None:
+        """SIGHUP: the files of TLS; there is nothing else that a daemon has read."""
+        await self.quiet.wait()
+        if self.stopping.is_set():
+            return
+        reloading()
+        if self.tls is None:
+            log.warning("nothing to read anew", hint="certificates are read: this daemon has no --tls-dir")
+        else:
+            try:
+                self.tls.reload()
+            except ListenRefusedError as error:
+                hint = "mend them and send SIGHUP again (systemctl reload)"
+                log.error("TLS files not taken, the earlier stay in use", reason=str(error), hint=hint, **self._certificate())
+            else:
+                log.info("TLS files read anew: new connections use them", **self._certificate())
+        notify("READY=1")
+
+    def _certificate(self) -> dict[str, object]:
+        """Of this daemon, as it is in use."""
+        assert self.tls is not None
+        return {"names": self.tls.data.names, "expires_at": utc_text(self.tls.data.valid_until_seconds)}
 
     async def _settle(self) -> None:
         """What has not switched over is cancelled; a guest in postcopy is not abandoned: wait for its pages, and say so."""

@@ -37,6 +37,7 @@ TYPES = {
     "postcopy_migrations": "counter",
     "postcopy_errors": "counter",
     "postcopy_connections_refused": "counter",
+    "postcopy_tls_certificate_expiry_timestamp_seconds": "gauge",
     "postcopy_lost_pages": "counter",
     "postcopy_polled_seconds": "counter",
     "postcopy_reconnects": "counter",
@@ -261,7 +262,7 @@ def test_all_that_is_kept_is_told_in_a_bounded_number_of_lines() -> None:
     totals = Totals()
     for number in range(100):
         totals.add(ended_migration(number))
-    daemon: Any = SimpleNamespace(role="destination", totals=totals, guests={}, migrations={}, refusals=Refusals())
+    daemon: Any = SimpleNamespace(role="destination", totals=totals, guests={}, migrations={}, refusals=Refusals(), tls=None)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(DaemonCollector(daemon))
     assert generate_latest(registry).count(b"_bucket{") == 32 * 3 * BUCKETS_MAX
