@@ -213,7 +213,7 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
         destination_end_wait(destination, page, FAULT_LOCAL);
         return true;
     case PAGE_LOST: /* the guest has dropped its page table entry, and with it what had been told to the kernel */
-        return destination_poison(destination, region, page_index, 1, result);
+        return destination_poison_again(destination, region, page_index, result);
     default:
         result->got = seen;
         return result_fail(result, LOOP_USERFAULTFD_FAILED, EPROTO, "page state");
