@@ -78,7 +78,8 @@ class PrecopyInfo(BaseModel):
     ]
     faults_after: Annotated[int | None, Field(description="At the destination: after it, on pages that had not come.")]
     stale_pages_touched: Annotated[
-        int | None, Field(description="At the destination: of the stale pages, those that were touched before they had come.")
+        int | None,
+        Field(description="At the destination: pages touched before they had come, and known stale then; foreseen ones too."),
     ]
 
 

@@ -16,6 +16,7 @@
 #define COPY_AHEAD 0x08u /* came by readahead */
 #define COPY_STALE 0x10u /* the stale set names it */
 #define COPY_IN_FILE 0x04u /* precopied: the file holds bytes of it, stale ones perhaps */
+#define COPY_TOUCHED 0x40u /* STALE, and a fault has waited for it (only the fault loop's thread) */
 #define COPY_WHOLE 0x20u /* came in chunks, and is final: need not be asked for. Then ASKED stays, as late chunks may come */
 
 struct destination {
