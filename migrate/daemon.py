@@ -512,7 +512,7 @@ class Daemon:
         else:
             try:
                 self.tls.reload()
-            except ListenRefusedError as error:
+            except (ListenRefusedError, OSError) as error:  # OSError: no descriptor is left, say
                 hint = "mend them and send SIGHUP again (systemctl reload)"
                 log.error("TLS files not taken, the earlier stay in use", reason=str(error), hint=hint, **self._certificate())
             else:

