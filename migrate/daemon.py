@@ -40,16 +40,17 @@ from migrate.guest_link import GuestLink, GuestState
 from migrate.half_open import HalfOpen
 from migrate.http import HttpServers
 from migrate.metrics import Totals
-from migrate.network import Address, accept, listen, require_explicit, require_loopback, tune
-from migrate.notify import extend_timeout, notify, watchdog_period_seconds
+from migrate.network import Address, accept, host_of, listen, require_explicit, require_loopback, tune
+from migrate.notify import extend_timeout, notify, reloading, watchdog_period_seconds
 from migrate.precopy import AUTO, PrecopyPolicy
 from migrate.record import Record, RecordBook
+from migrate.refusals import Refusals, code_of
 from migrate.region import fit_text, shape_of
 from migrate.room import Room
 from migrate.session import Migration
 from migrate.source import SourceMigration
 from migrate.switchover import Quiet
-from migrate.tls import Tls
+from migrate.tls import Tls, utc_text
 from proto.errors import ProtocolError
 from proto.messages import STREAMS_MAX, Offer
 from proto.preamble import AnswerCode, ConnectionKind, Preamble
@@ -59,6 +60,7 @@ log = structlog.get_logger("postcopy.daemon")
 ENDED_MIGRATIONS_KEPT = 64
 HALF_OPEN_MAX = 64
 PREAMBLE_DEADLINE_SECONDS = 5.0
+TOO_MANY_SILENT = ProtocolError("busy", "connection", expected="to say at once who it is", got="nothing, and too many others")
 EXTENSION_SECONDS = 30.0  # of the service manager's patience with an end that waits for pages
 
 
@@ -101,7 +103,8 @@ class Daemon:
         self._pacing = pacing
         self._links: dict[GuestLink, None] = {}  # the oldest first
         self._tasks: set[asyncio.Task[None]] = set()
-        self._half_open = HalfOpen(HALF_OPEN_MAX)
+        self.refusals = Refusals()
+        self._half_open = HalfOpen(HALF_OPEN_MAX, lambda peer: self._refuse(TOO_MANY_SILENT, peer))
         self._terminations = 0
 
     # --- guests -----------------------------------------------------------------------------------------------------
@@ -272,7 +275,7 @@ class Daemon:
         self.migrations[migration.id] = migration
         migration.first_event = self.events.newest + 1
         migration.on_advance = self._migration_advanced
-        migration.records = self.records
+        migration.records, migration.refusals = self.records, self.refusals
         self._migration_advanced(migration)
         migration.before_switchover = lambda: self._store(migration)
         migration.task = asyncio.get_running_loop().create_task(migration.run())
@@ -313,10 +316,19 @@ class Daemon:
     async def _accept_peers(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, place = await accept(listener)
-            task = loop.create_task(self._greet_peer(sock, str(Address(*place[:2]))))
+            sock, place = await accept(listener, self._cannot_accept)
+            peer = str(Address(*place[:2]))
+            task = loop.create_task(self._greet_peer(sock, peer))
             self._keep(task)
-            self._half_open.admit(task, sock, answers=self.tls is None)
+            self._half_open.admit(task, sock, peer, answers=self.tls is None)
+
+    def _cannot_accept(self, error: OSError) -> None:
+        hint = "raise the limit of open files (LimitNOFILE)"
+        self.refusals.tell(log.error, "no connection can be accepted", error, "", hint=hint)
+
+    def _refuse(self, error: Exception, peer: str) -> None:
+        self.refusals.count("migration", code_of(error))
+        self.refusals.tell(log.warning, "connection refused", error, host_of(peer), peer=peer)
 
     async def _greet_peer(self, sock: socket.socket, peer: str) -> None:
         try:
@@ -333,7 +345,7 @@ class Daemon:
                 came.close()
                 raise
         except (ProtocolError, PostcopyError, OSError) as error:
-            log.warning("connection refused", peer=peer, reason=str(error))
+            self._refuse(error, peer)
             sock.close()
         except asyncio.CancelledError:  # it gave way, or the daemon ends
             sock.close()
@@ -422,11 +434,11 @@ class Daemon:
 
     async def _accept_guests(self, listener: socket.socket) -> None:
         while True:
-            sock, _ = await accept(listener)
+            sock, _ = await accept(listener, self._cannot_accept)
             strangers = [link for link in self._links if link.hello is None]
             if len(strangers) >= HALF_OPEN_MAX:
-                strangers[0].close()
-            self._links[GuestLink(sock, self._guest_hello, self._guest_gone)] = None
+                strangers[0].gives_way(TOO_MANY_SILENT)
+            self._links[GuestLink(sock, self._guest_hello, self._guest_gone, self.refusals)] = None
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -459,6 +471,7 @@ class Daemon:
             await http.start_metrics(metrics)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._terminate)
+        loop.add_signal_handler(signal.SIGHUP, lambda: self._keep(loop.create_task(self._read_anew())))
         gc.collect()
         gc.freeze()
         write_info(self.runtime_dir / INFO_FILE, info)
@@ -481,6 +494,7 @@ class Daemon:
             for name in (GUEST_SOCKET, API_SOCKET, INFO_FILE):
                 (self.runtime_dir / name).unlink(missing_ok=True)
             self.records.close()
+            self.refusals.close()
             log.info("ended")
 
     def _tell_held(self) -> None:
@@ -501,6 +515,29 @@ class Daemon:
         self._changed.set()
         if self._terminations > 1:
             log.warning("ending now: guests in postcopy stall until a daemon takes them back")
+
+    async def _read_anew(self) -> None:
+        """SIGHUP: the files of TLS; there is nothing else that a daemon has read."""
+        await self.quiet.wait()
+        if self.stopping.is_set():
+            return
+        reloading()
+        if self.tls is None:
+            log.warning("nothing to read anew", hint="certificates are read: this daemon has no --tls-dir")
+        else:
+            try:
+                self.tls.reload()
+            except (ListenRefusedError, OSError) as error:  # OSError: no descriptor is left, say
+                hint = "mend them and send SIGHUP again (systemctl reload)"
+                log.error("TLS files not taken, the earlier stay in use", reason=str(error), hint=hint, **self._certificate())
+            else:
+                log.info("TLS files read anew: new connections use them", **self._certificate())
+        notify("READY=1")
+
+    def _certificate(self) -> dict[str, object]:
+        """Of this daemon, as it is in use."""
+        assert self.tls is not None
+        return {"names": self.tls.data.names, "expires_at": utc_text(self.tls.data.valid_until_seconds)}
 
     async def _settle(self) -> None:
         """What has not switched over is cancelled; a guest in postcopy is not abandoned: wait for its pages, and say so."""

@@ -1,7 +1,6 @@
 """``postcopy demo``: a real migration on this machine, told as it happens. Returns only when the guest verified itself."""
 
 import json
-import time
 from collections.abc import Callable
 
 import typer
@@ -90,11 +89,11 @@ def move(guest_id: str, leaves: DaemonProcess, reaches: DaemonProcess, tell: Cal
     with leaves.client() as client:
         now = client.migrate(guest_id, reaches.address)
         said = ""
-        while not now.settled:
-            time.sleep(0.1)
-            now = client.status(now.id)
-            if now.state != said:
-                tell(line(now))
+        for event in client.events(now.id):
+            if event.event in ("progress", "settled"):
+                now = MigrationStatus.model_validate(event.data["migration"])
+                if now.state != said:
+                    tell(line(now))
                 said = now.state
     if now.state != "complete":
         raise PostcopyError("demo migration", expected="complete", got=f"{now.state}: {now.error}", code="migration-failed")

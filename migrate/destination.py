@@ -32,6 +32,7 @@ from migrate.errors import (
 )
 from migrate.greeting import DataSocket
 from migrate.guest_link import GuestLink, GuestState
+from migrate.network import host_of
 from migrate.record import Record
 from migrate.recovery import delays_seconds, is_lost, may_pass_here
 from migrate.room import Room
@@ -724,7 +725,8 @@ class DestinationMigration(Arrival):
             self._control.refuse(error)
         if self.guest is not None:
             self.guest.on_stepped = self.guest.on_failed = self.guest.on_discard = None
-        self.log.warning("migration did not happen", reason=str(error), peer=self.peer)
+        who = host_of(self.peer) if self.guest is None else f"{host_of(self.peer)} {self.guest.guest_id}"
+        self.refusals.tell(self.log.warning, "migration did not happen", error, who, peer=self.peer)
         return error
 
     async def _close(self) -> None:

@@ -165,7 +165,7 @@ TLS_HINTS = (
     ("peer did not return a certificate", "the peer has none: start it with --tls-dir too"),
     ("alert certificate required", "the peer wants a certificate of ours"),
     ("alert unknown ca", "the peer does not trust who signed our certificate: its ca.pem needs that authority"),
-    ("alert certificate expired", "ours has expired: renew it and restart this daemon"),
+    ("alert certificate expired", "ours has expired: renew it and send this daemon SIGHUP (systemctl reload)"),
     ("alert", "the peer refuses our certificate; its log says why"),
     ("has expired", "the peer's: renew it there; or this host's clock is wrong"),
     ("not yet valid", "the peer's; one of the hosts' clocks is wrong"),

@@ -14,6 +14,7 @@ import structlog
 from migrate import __version__, dataplane, uffd
 from migrate.dataplane import MemoryRegion
 from migrate.errors import DeadlineError, GuestBusyError, GuestGoneError, GuestRefusedError, PostcopyError
+from migrate.refusals import Refusals
 from migrate.region import check_regions, is_memory_file, shape_of
 from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 from proto.errors import ProtocolError
@@ -74,8 +75,10 @@ class GuestLink:
         sock: socket.socket,
         on_hello: Callable[["GuestLink"], Callable[[], object] | None],
         on_gone: Callable[["GuestLink"], None],
+        refusals: Refusals | None = None,
     ) -> None:
         sock.setblocking(False)
+        self._refusals = refusals or Refusals()
         self._socket = sock
         self._on_hello, self._on_gone = on_hello, on_gone
         self._loop = asyncio.get_running_loop()
@@ -267,10 +270,19 @@ class GuestLink:
                     return
                 self._take(message)
         except (PostcopyError, ProtocolError) as error:
-            log.warning("guest refused", guest=self.guest_id, pid=self.pid, code=error.code, reason=str(error))
+            self._tell_refused(error)
             self.send(Refused(code=error.code, what=error.what[:2000], expected=error.expected[:2000], got=error.got[:2000]))
             self.failure = str(error)
             self.close()
+
+    def _tell_refused(self, error: PostcopyError | ProtocolError) -> None:
+        self._refusals.count("guests", error.code)
+        self._refusals.tell(log.warning, "guest refused", error, str(self.pid), guest=self.guest_id, pid=self.pid)
+
+    def gives_way(self, error: ProtocolError) -> None:
+        """It has not said who it is, and too many others come."""
+        self._tell_refused(error)
+        self.close()
 
     def _take(self, message: Message) -> None:
         if self.hello is None:

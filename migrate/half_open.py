@@ -8,26 +8,29 @@ import asyncio
 import contextlib
 import socket
 from collections import OrderedDict
+from collections.abc import Callable
 
 from proto.preamble import Answer, AnswerCode
 
 
 class HalfOpen:
-    """``limit`` tasks, each with the socket that it greets."""
+    """``limit`` tasks, each with the socket that it greets and who is there."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_gave_way: Callable[[str], None]) -> None:
         self._limit = limit
-        self._waiting: OrderedDict[asyncio.Task[None], socket.socket] = OrderedDict()
+        self._on_gave_way = on_gave_way
+        self._waiting: OrderedDict[asyncio.Task[None], tuple[socket.socket, str]] = OrderedDict()
 
-    def admit(self, task: asyncio.Task[None], sock: socket.socket, *, answers: bool = True) -> None:
+    def admit(self, task: asyncio.Task[None], sock: socket.socket, peer: str, *, answers: bool = True) -> None:
         """``answers``: the one that gives way is told ``busy``. Its task is cancelled, and closes its socket."""
         while len(self._waiting) >= self._limit:
-            oldest, theirs = self._waiting.popitem(last=False)
+            oldest, (theirs, whose) = self._waiting.popitem(last=False)
             if answers:
                 with contextlib.suppress(OSError):
                     theirs.send(Answer(AnswerCode.BUSY).encode())
             oldest.cancel()
-        self._waiting[task] = sock
+            self._on_gave_way(whose)
+        self._waiting[task] = sock, peer
         task.add_done_callback(self._leave)
 
     def known(self) -> None:

@@ -58,6 +58,7 @@ class HttpServers:
             loop="none",
             http=BoundedConnection,
             log_config=None,
+            log_level="error",  # a line for each request that is none would be a line for whoever wants one
             access_log=False,
             lifespan="off",
             ws="none",

@@ -133,6 +133,23 @@ class DaemonCollector(Collector):
             guests.add_metric([state], number)
         yield guests
 
+        expiry = GaugeMetricFamily(
+            "postcopy_tls_certificate_expiry_timestamp_seconds",
+            "When this daemon's certificate ends, in Unix time; no series without TLS.",
+        )
+        if daemon.tls is not None:
+            expiry.add_metric([], daemon.tls.data.valid_until_seconds)
+        yield expiry
+
+        refused = CounterMetricFamily(
+            "postcopy_connections_refused",
+            "Connections turned away, by the socket that they came to.",
+            labels=["socket", "reason"],
+        )
+        for (where, reason), number in daemon.refusals.counts.items():
+            refused.add_metric([where, reason], number)
+        yield refused
+
         phase = GaugeMetricFamily(
             "postcopy_migration_phase", "1 for the state that a migration is in.", labels=["role", "guest", "phase"]
         )

@@ -5,11 +5,10 @@ import contextlib
 import ipaddress
 import select
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
-
-import structlog
 
 from migrate.errors import ConnectionLostError, DeadlineError, ListenRefusedError, PostcopyError
 from proto.preamble import ANSWER_BYTES, MAGIC, PREAMBLE_BYTES, Answer, AnswerCode, Preamble
@@ -17,8 +16,6 @@ from proto.preamble import ANSWER_BYTES, MAGIC, PREAMBLE_BYTES, Answer, AnswerCo
 USER_TIMEOUT_MS = 10_000
 KEEPALIVE_SECONDS = 5
 ACCEPT_RETRY_SECONDS = 0.2
-
-log = structlog.get_logger("postcopy.network")
 
 
 class HasDescriptor(Protocol):
@@ -62,6 +59,11 @@ class Address:
             return ipaddress.ip_address(self.host).is_unspecified
         except ValueError:
             return True
+
+
+def host_of(peer: str) -> str:
+    """Of an Address that has been told: without the port, which a peer has anew with each connection."""
+    return peer.rpartition(":")[0]
 
 
 def require_loopback(address: Address, what: str, *, insecure: bool) -> None:
@@ -138,14 +140,14 @@ def listen(address: Address) -> socket.socket:
     return sock
 
 
-async def accept(listener: socket.socket) -> tuple[socket.socket, tuple[str, int]]:
-    """The next connection. Without descriptors left (EMFILE) it says so and tries again: a listener does not end."""
+async def accept(listener: socket.socket, failed: Callable[[OSError], None]) -> tuple[socket.socket, tuple[str, int]]:
+    """The next connection. Without descriptors left (EMFILE) it tells ``failed`` and tries again: a listener does not end."""
     loop = asyncio.get_running_loop()
     while True:
         try:
             return await loop.sock_accept(listener)
         except OSError as error:
-            log.error("no connection can be accepted", reason=str(error), hint="raise the limit of open files (LimitNOFILE)")
+            failed(error)
             await asyncio.sleep(ACCEPT_RETRY_SECONDS)
 
 

@@ -7,6 +7,7 @@ whose queue is full shows in what is returned. Without NOTIFY_SOCKET nothing is 
 import contextlib
 import os
 import socket
+import time
 from collections.abc import MutableMapping, Sequence
 from enum import Enum, auto
 
@@ -44,6 +45,11 @@ def notify(state: str, descriptors: Sequence[int] = ()) -> Told:
     except (OSError, ValueError):  # ValueError: an address that cannot be one
         return Told.NO
     return Told.YES
+
+
+def reloading() -> Told:
+    """Its configuration is read anew; ``READY=1`` says that this is over. The time tells the manager which request it is."""
+    return notify(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
 def store(name: str, descriptor: int) -> Told:

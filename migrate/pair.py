@@ -1,6 +1,7 @@
 """Two daemons on this host and guests beside them, as processes: what demo, bench and the tests stand on.
 
-Everything lives in one temporary directory and is ended by its own process id, also after a failure.
+Everything lives in one temporary directory and is ended by its own process id, also after a failure; and with this process,
+however that ends (children.py).
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from migrate.children import group_that_goes_with_us
 from migrate.client import DaemonClient
 from migrate.errors import DeadlineError, PostcopyError
 from migrate.session import MigrationStatus
@@ -54,6 +56,7 @@ class Process:
                 stderr=log_file,
                 env={**os.environ, **(environment or {})},
                 cwd=log_path.parent,
+                process_group=group_that_goes_with_us(),
             )
 
     @property

@@ -14,6 +14,7 @@ from migrate.clock import monotonic_ns
 from migrate.dataplane import LoopResult, LoopThread, LostRun
 from migrate.errors import NotAbandonableError, NotCancellableError, NotLimitableError, PostcopyError
 from migrate.record import Record, RecordBook
+from migrate.refusals import Refusals, code_of
 from proto.errors import ProtocolError
 from proto.messages import FaultKind, LatencySummary
 from proto.states import ENDED, SETTLED, Event, Role, State, advance
@@ -77,7 +78,8 @@ class PrecopyInfo(BaseModel):
     ]
     faults_after: Annotated[int | None, Field(description="At the destination: after it, on pages that had not come.")]
     stale_pages_touched: Annotated[
-        int | None, Field(description="At the destination: of the stale pages, those that were touched before they had come.")
+        int | None,
+        Field(description="At the destination: pages touched before they had come, and known stale then; foreseen ones too."),
     ]
 
 
@@ -169,6 +171,7 @@ class Migration:
         self.on_advance: Callable[[Migration], None] = lambda _: None
         self.records = RecordBook()  # the daemon's
         self.record: Record | None = None  # what it says of this migration
+        self.refusals = Refusals()  # the daemon's
         self.first_event = 0  # the daemon's events from this number on may be about it
         self._settled = asyncio.Event()
         self._waiters: list[asyncio.Future[None]] = []
@@ -384,8 +387,7 @@ def utc(wall_ns: int) -> datetime:
 def error_facts(error: Exception) -> ErrorFacts:
     if isinstance(error, PostcopyError | ProtocolError):
         return ErrorFacts(code=error.code, what=error.what, expected=error.expected, got=error.got)
-    code = "connection-failed" if isinstance(error, OSError) else "internal"
-    return ErrorFacts(code=code, what=f"{type(error).__name__}: {error}", expected="", got="")
+    return ErrorFacts(code=code_of(error), what=f"{type(error).__name__}: {error}", expected="", got="")
 
 
 def _post(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:

@@ -2,13 +2,14 @@
 
 import os
 import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
 from migrate import __version__
 from migrate.api.guard import BODY_BYTES_MAX
-from migrate.api.models import DaemonInfo, Health, Limits
+from migrate.api.models import DaemonInfo, Health, Limits, TlsInfo
 from migrate.api.problems import refusals
 from migrate.api.streams import STREAMS_MAX
 from migrate.errors import PostcopyError
@@ -18,6 +19,7 @@ from proto import PROTOCOL_MAJOR, PROTOCOL_MINOR
 
 if TYPE_CHECKING:
     from migrate.daemon import Daemon
+    from migrate.tls import Tls
 
 
 def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
@@ -47,6 +49,14 @@ def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
         return Health(status="ready")
 
 
+def tls_info(tls: "Tls") -> TlsInfo:
+    return TlsInfo(
+        certificate_names=tls.data.names,
+        certificate_expires_at=datetime.fromtimestamp(tls.data.valid_until_seconds, UTC),
+        allowed_names=sorted(tls.allowed),
+    )
+
+
 def daemon_info(daemon: "Daemon") -> DaemonInfo:
     from migrate.daemon import ENDED_MIGRATIONS_KEPT
     from migrate.http_connection import CONNECTIONS_MAX
@@ -63,6 +73,7 @@ def daemon_info(daemon: "Daemon") -> DaemonInfo:
             "migration_address": daemon.addresses.get("migration"),
             "metrics_address": daemon.addresses.get("metrics"),
             "insecure": daemon.insecure,
+            "tls": None if daemon.tls is None else tls_info(daemon.tls),
             "stopping": daemon.stopping.is_set(),
             "guests": len(daemon.guests),
             "migrations_active": len(daemon.migrations) - ended,

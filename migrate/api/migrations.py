@@ -118,7 +118,10 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
             **refusals(
                 {
                     400: ("request-malformed", "The body is not JSON."),
-                    403: ("listen-refused", "The destination is beyond loopback, and the daemon runs without --insecure."),
+                    403: (
+                        "listen-refused",
+                        "The destination is beyond loopback; the daemon has neither --tls-dir nor --insecure.",
+                    ),
                     404: ("not-found", "No guest of that id is attached."),
                     409: ("guest-busy", "The guest does not run here as a whole: it is being migrated, or waits for one."),
                     413: ("request-too-large", "The body."),
@@ -222,7 +225,10 @@ def _add_steering(routes: APIRouter, daemon: "Daemon") -> None:
         responses=refusals(
             {
                 400: ("request-malformed", "The body is not JSON."),
-                403: ("listen-refused", "The destination is beyond loopback, and the daemon runs without --insecure."),
+                403: (
+                    "listen-refused",
+                    "The destination is beyond loopback; the daemon has neither --tls-dir nor --insecure.",
+                ),
                 404: NOT_FOUND,
                 409: ("not-recoverable", "It is neither paused nor stalled, or this is the destination, which does not dial."),
                 413: ("request-too-large", "The body."),

@@ -154,6 +154,14 @@ class Limits(BaseModel):
     body_bytes: int
 
 
+class TlsInfo(BaseModel):
+    """TLS of migration connections: what is in use, which may be older than the files."""
+
+    certificate_names: Annotated[list[str], Field(description="DNS names of this daemon's certificate.")]
+    certificate_expires_at: AwareDatetime
+    allowed_names: Annotated[list[str], Field(description="A peer's certificate needs one of these (`--tls-allow`).")]
+
+
 class DaemonInfo(BaseModel):
     role: Annotated[Literal["source", "destination"], Field(description="As it was started; either gives guests away.")]
     version: str
@@ -163,7 +171,8 @@ class DaemonInfo(BaseModel):
     uptime_seconds: float
     migration_address: Annotated[str | None, Field(description="Where sources connect; none if it takes no guest.")]
     metrics_address: str | None
-    insecure: Annotated[bool, Field(description="Addresses beyond loopback are allowed.")]
+    insecure: Annotated[bool, Field(description="Addresses beyond loopback are allowed without TLS too.")]
+    tls: Annotated[TlsInfo | None, Field(description="Null: migrations go in the clear.")]
     stopping: bool
     guests: int
     migrations_active: int

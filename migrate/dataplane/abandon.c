@@ -7,7 +7,11 @@
  * state like MAPPED that nobody may claim, so nothing is brought into place there any more (pages.h).
  * tests/kernel/test_resolving.py shows the kernel's part, tests/failure/test_abandoned.py the whole.
  *
- * The page is LOST first and poisoned then: a fault between the two is poisoned by the fault loop. */
+ * The page is LOST first and poisoned then: a fault between the two is poisoned by the fault loop.
+ *
+ * What the guest has unmapped nobody can touch: ENOENT, of a range also where it has done so with a part, and where several mappings
+ * make it up; such a range is taken in halves. Not lost, then; and no sign that the guest has ended, which is ESRCH: one that ends in
+ * an orderly way unmaps first, and may go at any moment of this. */
 #include <errno.h>
 #include <sched.h>
 
@@ -17,8 +21,14 @@
 
 #define TURNS_MAX 1000000u /* of yielding to who discards a page, or to the guest's own thread that changes its address space: a second or so */
 
-bool destination_poison(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
-                        struct loop_result *result)
+static bool is_unmapped(const struct loop_result *result)
+{
+    return result->reason == LOOP_GUEST_GONE && result->error_number == ENOENT;
+}
+
+/* These pages are LOST: who waits there gets SIGBUS. */
+static bool poison(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
+                   struct loop_result *result)
 {
     struct resolution resolution = resolve_poison(destination->userfaultfd, region, page_index, page_count);
     uint64_t left_pages = page_count - resolution.pages_done;
@@ -30,6 +40,17 @@ bool destination_poison(struct destination *destination, const struct region *re
         enum loop_reason reason = resolution.outcome == RESOLVE_GONE ? LOOP_GUEST_GONE : LOOP_USERFAULTFD_FAILED;
         return result_fail(result, reason, resolution.error_number, "UFFDIO_POISON");
     }
+    return true;
+}
+
+bool destination_poison_again(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result)
+{
+    if (poison(destination, region, page_index, 1, result))
+        return true;
+    if (!is_unmapped(result))
+        return false;
+    result_reset(result);
+    resolve_wake(destination->userfaultfd, region, page_index, 1);
     return true;
 }
 
@@ -52,14 +73,37 @@ static bool decide(struct destination *destination, const struct region *region,
     return true;
 }
 
+/* Who waits there, by a fault from before, finds that out by himself. */
+static void settle_unmapped(struct destination *destination, const struct region *region, uint64_t page_index)
+{
+    if (page_find(&destination->state[region->first_page + page_index]))
+        atomic_fetch_sub_explicit(&destination->pages_lost, 1, memory_order_relaxed);
+    resolve_wake(destination->userfaultfd, region, page_index, 1);
+}
+
 static bool settle_run(struct destination *destination, const struct region *region, uint64_t first, uint64_t page_count,
                        enum page_state state, struct loop_result *result)
 {
-    if (page_count == 0)
+    if (state != PAGE_LOST && state != PAGE_PRESENT)
         return true;
-    if (state == PAGE_LOST)
-        return destination_poison(destination, region, first, page_count, result);
-    return state != PAGE_PRESENT || destination_map_present(destination, region, first, page_count, result);
+    for (uint64_t step = page_count; page_count > 0;) {
+        uint64_t pages = step < page_count ? step : page_count;
+        bool good = state == PAGE_LOST ? poison(destination, region, first, pages, result)
+                                       : destination_map_present(destination, region, first, pages, result);
+        if (!good && !is_unmapped(result))
+            return false;
+        if (!good) {
+            result_reset(result);
+            step = pages / 2;
+            if (step > 0)
+                continue; /* what has been done of it already does no harm */
+            settle_unmapped(destination, region, first);
+        }
+        first += pages;
+        page_count -= pages;
+        step = good ? pages * 2 : 1;
+    }
+    return true;
 }
 
 static bool abandon_region(struct destination *destination, const struct region *region, struct loop_result *result)

@@ -89,7 +89,7 @@ enum fault_kind {
     X(pages_stale) X(pages_kept)    /* of these, found stale, and found final with content */ \
     X(faults_held)                  /* remote, on a page held before the stale set had spoken */ \
     X(faults_unsettled)             /* remote, before the stale set had been applied; without precopy all of them */ \
-    X(pages_stale_touched)          /* distinct stale pages on which a fault waited */ \
+    X(pages_stale_touched)          /* distinct pages, foreseen ones too, on which a fault waited once the stale set had named them */ \
     X(settled_ns)                   /* CLOCK_MONOTONIC: the stale set has been applied */ \
     X(pages_removed)                /* discarded by the guest before they had come */ \
     X(removes)                      /* REMOVE events read */                \

@@ -16,6 +16,7 @@
 #define COPY_AHEAD 0x08u /* came by readahead */
 #define COPY_STALE 0x10u /* the stale set names it */
 #define COPY_IN_FILE 0x04u /* precopied: the file holds bytes of it, stale ones perhaps */
+#define COPY_TOUCHED 0x40u /* STALE, and a fault has waited for it (only the fault loop's thread) */
 #define COPY_WHOLE 0x20u /* came in chunks, and is final: need not be asked for. Then ASKED stays, as late chunks may come */
 
 struct destination {
@@ -66,9 +67,8 @@ bool destination_map_present(struct destination *destination, const struct regio
                              struct loop_result *result);
 bool destination_map_zero(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result);
 
-/* These pages are LOST: who waits there gets SIGBUS. */
-bool destination_poison(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count,
-                        struct loop_result *result);
+/* A fault on a page that is LOST: SIGBUS, unless it has been unmapped meanwhile. */
+bool destination_poison_again(struct destination *destination, const struct region *region, uint64_t page_index, struct loop_result *result);
 
 /* What the file holds of an earlier copy of these pages goes: they read as zeroes then. They are claimed, or nobody's. 0 or an errno. */
 int destination_clear_old(struct destination *destination, const struct region *region, uint64_t page_index, uint64_t page_count);

@@ -20,7 +20,7 @@ void destination_next_epoch(struct destination *destination)
     drain(destination->stop_fd);
     destination->recovering = true;
     for (uint64_t page = 0; page < destination->memory.page_total; page++) /* what came by which path begins anew */
-        atomic_fetch_and_explicit(&destination->copies[page], COPY_STALE | COPY_IN_FILE, memory_order_relaxed);
+        atomic_fetch_and_explicit(&destination->copies[page], COPY_STALE | COPY_TOUCHED | COPY_IN_FILE, memory_order_relaxed);
     claims_next_epoch(destination);
     atomic_store_explicit(&destination->requests_outstanding, 0, memory_order_relaxed);
     atomic_store_explicit(&destination->bulk_next, STEER_NONE, memory_order_relaxed);

@@ -118,13 +118,16 @@ static bool map_around(struct fault_context *context, const struct region *regio
     return destination_map_present(context->destination, region, first, end - first, result);
 }
 
-static void count_remote(struct destination *destination, uint64_t page, uint8_t seen)
+static void count_remote(struct destination *destination, uint64_t page)
 {
     count(&destination->faults_remote, 1);
     if (atomic_load_explicit(&destination->settled_ns, memory_order_relaxed) == 0)
         count(&destination->faults_unsettled, 1);
-    if (!(seen & PAGE_WANTED) && atomic_load_explicit(&destination->copies[page], memory_order_relaxed) & COPY_STALE)
+    _Atomic uint8_t *copies = &destination->copies[page];
+    if ((atomic_load_explicit(copies, memory_order_relaxed) & (COPY_STALE | COPY_TOUCHED)) == COPY_STALE) {
+        atomic_fetch_or_explicit(copies, COPY_TOUCHED, memory_order_relaxed); /* not by WANTED, which a page foreseen has without a fault */
         count(&destination->pages_stale_touched, 1);
+    }
 }
 
 /* As if faults waited for them, so that whoever brings them maps them; but no fault is counted before there is one. */
@@ -189,12 +192,12 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
         count(&destination->faults_held, 1);
         /* fallthrough */
     case PAGE_ABSENT:
-        count_remote(destination, page, seen);
+        count_remote(destination, page);
         fetch(context, region, page_index, now_ns);
         return true;
     case PAGE_REQUESTED:
     case PAGE_RECEIVING:
-        count_remote(destination, page, seen); /* on its way: whoever receives it resolves the fault */
+        count_remote(destination, page); /* on its way: whoever receives it resolves the fault */
         if (to_be_asked(destination, region, page_index) && region->page_chunks > 0)
             queue_request(context, region, page_index);
         return true;
@@ -213,7 +216,7 @@ static bool handle_fault(struct fault_context *context, uint64_t address, uint64
         destination_end_wait(destination, page, FAULT_LOCAL);
         return true;
     case PAGE_LOST: /* the guest has dropped its page table entry, and with it what had been told to the kernel */
-        return destination_poison(destination, region, page_index, 1, result);
+        return destination_poison_again(destination, region, page_index, result);
     default:
         result->got = seen;
         return result_fail(result, LOOP_USERFAULTFD_FAILED, EPROTO, "page state");

@@ -161,6 +161,13 @@ static inline enum page_state page_lose(page_byte *page, bool chunks)
     }
 }
 
+/* LOST, but nobody can miss it. True: it is ABSENT now, and nobody will bring it. */
+static inline bool page_find(page_byte *page)
+{
+    uint8_t seen = PAGE_LOST;
+    return atomic_compare_exchange_strong_explicit(page, &seen, PAGE_ABSENT, memory_order_acq_rel, memory_order_relaxed);
+}
+
 /* A fault waits for the page. Returns the byte that decided: ABSENT, HELD, and REQUESTED or RECEIVING without WANTED have been
  * changed (request it: asking the source is always right; or wait for whoever receives it); any other is the caller's to resolve or already waited for. */
 static inline uint8_t page_want(page_byte *page)

@@ -1,6 +1,9 @@
 /* See resolve.h. Facts of the kernel that decide this file (tests/kernel/test_resolving.py shows each):
  *   CONTINUE on a page that is mapped is EEXIST and wakes nobody: UFFDIO_WAKE by hand.
  *   A range that ends early is EAGAIN with mapped > 0, which is progress; the real errno comes with the next call.
+ *   A range over several mappings is ENOENT as a whole, and one mapping is several as soon as the guest gives a part of it another
+ *   property (mprotect, mlock, madvise): it is taken in halves, so that only a page that is not mapped is ENOENT
+ *   (tests/failure/test_split_mappings.py).
  *   The result field is signed. EAGAIN with nothing mapped: an event is unread or the address space is changing: retry, but not for
  *   long, since the thread that reads events is one of those that come here.
  *   UNREGISTER wakes who waits, but a fault that is just entering, under the lock of its VMA alone (6.4), can queue behind that wake and
@@ -45,13 +48,16 @@ struct resolution resolve_continue(int userfaultfd, const struct region *region,
     struct resolution resolution = {.outcome = RESOLVE_MAPPED};
     uint64_t page_bytes = region->memory.page_bytes;
     uint64_t address = region->memory.guest_address + page_index * page_bytes;
-    uint64_t end = address + page_count * page_bytes;
+    uint64_t end = address + page_count * page_bytes, part_end = end;
     uint32_t retries = 0;
     while (address < end) {
-        struct uffdio_continue request = {.range = {.start = address, .len = end - address}};
+        if (part_end <= address)
+            part_end = end;
+        struct uffdio_continue request = {.range = {.start = address, .len = part_end - address}};
         if (ioctl(userfaultfd, UFFDIO_CONTINUE, &request) == 0) {
-            resolution.pages_done += (end - address) / page_bytes;
-            break;
+            resolution.pages_done += (part_end - address) / page_bytes;
+            address = part_end;
+            continue;
         }
         int error_number = errno;
         if (request.mapped > 0) {
@@ -61,6 +67,11 @@ struct resolution resolve_continue(int userfaultfd, const struct region *region,
         }
         if (error_number == EAGAIN && retries++ < RETRIES_MAX) {
             sched_yield();
+            continue;
+        }
+        uint64_t part_pages = (part_end - address) / page_bytes;
+        if (error_number == ENOENT && part_pages > 1) {
+            part_end = address + part_pages / 2 * page_bytes;
             continue;
         }
         resolution.outcome = outcome_of(error_number);

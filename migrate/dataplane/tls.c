@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "histogram.h"
 #include "tls_session.h"
@@ -226,10 +227,9 @@ enum tls_outcome tls_handshake(struct tls_session *session, uint32_t deadline_ms
     }
 }
 
-size_t tls_peer_names(struct tls_session *session, char *names, size_t capacity_bytes)
+static size_t names_in(const X509 *certificate, char *names, size_t capacity_bytes)
 {
     size_t used_bytes = 0;
-    X509 *certificate = SSL_get1_peer_certificate(session->ssl);
     GENERAL_NAMES *found = certificate ? X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL) : NULL;
     for (int i = 0; i < sk_GENERAL_NAME_num(found); i++) {
         const GENERAL_NAME *name = sk_GENERAL_NAME_value(found, i);
@@ -247,9 +247,37 @@ size_t tls_peer_names(struct tls_session *session, char *names, size_t capacity_
         names[used_bytes++] = '\n';
     }
     GENERAL_NAMES_free(found);
-    X509_free(certificate);
     ERR_clear_error();
     return used_bytes;
+}
+
+size_t tls_peer_names(struct tls_session *session, char *names, size_t capacity_bytes)
+{
+    X509 *certificate = SSL_get1_peer_certificate(session->ssl);
+    size_t used_bytes = names_in(certificate, names, capacity_bytes);
+    X509_free(certificate);
+    return used_bytes;
+}
+
+size_t tls_context_names(const struct tls_context *context, char *names, size_t capacity_bytes)
+{
+    return names_in(SSL_CTX_get0_certificate(context->ssl), names, capacity_bytes);
+}
+
+static int64_t unix_seconds(const ASN1_TIME *time)
+{
+    struct tm broken_down;
+    return ASN1_TIME_to_tm(time, &broken_down) ? (int64_t)timegm(&broken_down) : 0;
+}
+
+int64_t tls_context_valid_from(const struct tls_context *context)
+{
+    return unix_seconds(X509_get0_notBefore(SSL_CTX_get0_certificate(context->ssl)));
+}
+
+int64_t tls_context_valid_until(const struct tls_context *context)
+{
+    return unix_seconds(X509_get0_notAfter(SSL_CTX_get0_certificate(context->ssl)));
 }
 
 enum tls_outcome tls_write(struct tls_session *session, const void *bytes, size_t size_bytes, uint32_t deadline_ms, char why[TLS_WHY_BYTES])

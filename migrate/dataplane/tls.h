@@ -37,6 +37,10 @@ struct tls_context *tls_context_create(const char *certificate_path, const char 
 void tls_context_destroy(struct tls_context *context);
 /* So many bytes go out with one key. */
 void tls_context_rekey(struct tls_context *context, uint64_t bytes);
+/* Of our own certificate: its names, as tls_peer_names tells a peer's, and from when until when it is valid, in seconds of Unix time. */
+size_t tls_context_names(const struct tls_context *context, char *names, size_t capacity_bytes);
+int64_t tls_context_valid_from(const struct tls_context *context);
+int64_t tls_context_valid_until(const struct tls_context *context);
 
 /* On a connected socket, which stays the caller's. NULL: no memory. */
 struct tls_session *tls_session_create(struct tls_context *context, int socket, bool accepts);

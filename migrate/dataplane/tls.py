@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from migrate.dataplane._dataplane import ffi, lib
 from migrate.errors import ConnectionLostError, DeadlineError, TlsError
 
 NAMES_BYTES_MAX = 16 << 10
+
+
+def _names(tell: Callable[[Any, int], int]) -> list[str]:
+    names = ffi.new("char[]", NAMES_BYTES_MAX)
+    return bytes(ffi.buffer(names, tell(names, NAMES_BYTES_MAX))).decode("ascii").splitlines()
 
 
 def _said(why: Any) -> str:
@@ -24,6 +30,10 @@ class TlsContext:
         if pointer == ffi.NULL:
             raise TlsError("TLS files", expected="a certificate, its key without a passphrase, an authority", got=_said(why))
         self._pointer = ffi.gc(pointer, lib.tls_context_destroy)
+        self.names = _names(lambda names, capacity_bytes: lib.tls_context_names(pointer, names, capacity_bytes))
+        """The DNS names of our own certificate; and from when until when it is valid, in seconds of Unix time."""
+        self.valid_from_seconds = int(lib.tls_context_valid_from(pointer))
+        self.valid_until_seconds = int(lib.tls_context_valid_until(pointer))
 
     def session(self, sock: socket.socket, *, accepts: bool) -> "TlsSocket":
         pointer = lib.tls_session_create(self._pointer, sock.fileno(), accepts)
@@ -49,9 +59,7 @@ class TlsSocket:
 
     def peer_names(self) -> list[str]:
         """The DNS names of its certificate."""
-        names = ffi.new("char[]", NAMES_BYTES_MAX)
-        size_bytes = lib.tls_peer_names(self._pointer, names, NAMES_BYTES_MAX)
-        return bytes(ffi.buffer(names, size_bytes)).decode("ascii").splitlines()
+        return _names(lambda names, capacity_bytes: lib.tls_peer_names(self._pointer, names, capacity_bytes))
 
     def write(self, data: bytes, deadline_seconds: float) -> None:
         """Less than 16 KiB."""

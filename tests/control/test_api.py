@@ -93,6 +93,7 @@ def test_daemon(pair: Pair, client: DaemonClient, commuter: Commuter) -> None:
         "migration_address": pair.source.address,
         "metrics_address": pair.source.metrics_address,
         "insecure": False,
+        "tls": None,
         "stopping": False,
         "guests": guests,
         "migrations_active": 0,

@@ -15,6 +15,7 @@ from migrate.clock import monotonic_ns
 from migrate.dataplane import FOLDED_BOUNDS_SECONDS, Histogram
 from migrate.metrics import GUESTS_KEPT, DaemonCollector, Totals
 from migrate.pair import DaemonProcess, Pair
+from migrate.refusals import Refusals
 from proto.frame import Frame, FrameKind
 from proto.messages import ClockPing, ClockPong, Prepared, Refused, Running, Switchover
 from proto.states import State
@@ -35,6 +36,8 @@ TYPES = {
     "postcopy_bytes": "counter",
     "postcopy_migrations": "counter",
     "postcopy_errors": "counter",
+    "postcopy_connections_refused": "counter",
+    "postcopy_tls_certificate_expiry_timestamp_seconds": "gauge",
     "postcopy_lost_pages": "counter",
     "postcopy_polled_seconds": "counter",
     "postcopy_reconnects": "counter",
@@ -43,7 +46,7 @@ TYPES = {
     "postcopy_downtime_seconds": "gauge",
     "postcopy_downtime_uncertainty_seconds": "gauge",
 }
-LABELS = {"role", "guest", "kind", "phase", "state", "version", "le"}
+LABELS = {"role", "guest", "kind", "phase", "state", "version", "le", "socket", "reason"}
 
 
 class Scrape:
@@ -259,7 +262,7 @@ def test_all_that_is_kept_is_told_in_a_bounded_number_of_lines() -> None:
     totals = Totals()
     for number in range(100):
         totals.add(ended_migration(number))
-    daemon: Any = SimpleNamespace(role="destination", totals=totals, guests={}, migrations={})
+    daemon: Any = SimpleNamespace(role="destination", totals=totals, guests={}, migrations={}, refusals=Refusals(), tls=None)
     registry = CollectorRegistry(auto_describe=False)
     registry.register(DaemonCollector(daemon))
     assert generate_latest(registry).count(b"_bucket{") == 32 * 3 * BUCKETS_MAX

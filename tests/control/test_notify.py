@@ -4,8 +4,10 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -250,6 +252,22 @@ def test_watchdog_of_a_daemon(manager: ServiceManager, tmp_path: Path) -> None:
     daemon = ManagedDaemon(tmp_path, manager, WATCHDOG_USEC="100000")
     try:
         manager.until(lambda: manager.messages.count({"WATCHDOG": "1"}) >= 3, "it is alive, again and again")
+    finally:
+        daemon.kill()
+
+
+def test_reload_of_a_daemon(manager: ServiceManager, tmp_path: Path) -> None:
+    """Begun behind the manager's request and over when it is ready: so sd_notify(3) has it. Without TLS nothing is read."""
+    daemon = ManagedDaemon(tmp_path, manager)
+    try:
+        asked_us = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        manager.messages.clear()
+        daemon.signal(signal.SIGHUP)
+        manager.until(lambda: len(manager.messages) == 2, "begun, over")
+        assert manager.messages[0].pop("RELOADING") == "1"
+        assert int(manager.messages[0].pop("MONOTONIC_USEC")) >= asked_us
+        assert manager.messages == [{}, {"READY": "1"}]
+        assert "nothing to read anew" in daemon.log()
     finally:
         daemon.kill()
 

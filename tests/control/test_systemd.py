@@ -130,6 +130,12 @@ def test_paths_and_group_agree(units: dict[str, Path], repository: Path, role: s
     assert f"\ng {group} -\n" in (repository / "deploy/systemd/postcopy.sysusers.conf").read_text()
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_reload_is_the_signal_that_has_files_read_anew(units: dict[str, Path], role: str) -> None:
+    """Not Type=notify-reload, which systemd before 253 does not know. What is said meanwhile: test_notify.py."""
+    assert (value(units[role], "Type"), value(units[role], "ExecReload")) == ("notify", "/bin/kill -HUP $MAINPID")
+
+
 def test_both_units_forbid_the_same(units: dict[str, Path]) -> None:
     source, destination = (units[role].read_text().split("[Service]")[1] for role in ROLES)
     assert re.sub(r"\bsource\b", "destination", source) == destination

@@ -166,6 +166,26 @@ def test_stalled(arrived: Arrived) -> None:
     assert arrived.child.died_of() == signal.SIGBUS
 
 
+@pytest.mark.parametrize(("first", "count"), [(100, 50), (2, 254), (0, PAGES), (255, 1), (254, 1)])
+def test_what_the_guest_has_unmapped_is_not_lost(arrived: Arrived, first: int, count: int) -> None:
+    """It lives, and what it still has is decided, on either side of the gap; a fault from before the loss behind it, too."""
+    arrived.child.does("unmap", first, count)
+    left = [page for page in range(2, PAGES) if not first <= page < first + count]
+    waits = PAGES - 1 in left  # on the very last: it dies of that, and where nobody is left nothing more is decided
+    if waits:
+        arrived.child.begins("read", left[-1])
+        until(lambda: arrived.status().faults_count == 1, "its fault")
+    arrived.loses_its_source()
+    status = arrived.is_given_up()
+    assert (status.state, status.lost and status.lost.pages) == ("abandoned", len(left))
+    assert status.lost is not None
+    assert [page for run in status.lost.runs for page in range(run.page_index, run.page_index + run.page_count)] == left
+    if left and not waits:
+        arrived.child.begins("read", left[-1])
+    if left:
+        assert arrived.child.died_of() == signal.SIGBUS
+
+
 def test_guest_that_ends_meanwhile(arrived: Arrived) -> None:
     """Perhaps of the first page that was lost: nobody waits any more, and the source resumes nothing."""
     arrived.loses_its_source()

@@ -22,6 +22,7 @@ from proto.errors import ProtocolError
 from proto.preamble import PREAMBLE_BYTES, Answer, AnswerCode, ConnectionKind, Preamble
 
 from ..path.commuter import Commuter, until
+from .fakes import host_of_its_own
 from .lossy_link import CutMove
 from .tls_peers import GOOD, SECONDS, Certificates, Peer, listening
 
@@ -61,7 +62,7 @@ def guest(pair: Pair) -> Iterator[Commuter]:
 
 def connected(pair: Pair) -> socket.socket:
     address = Address.parse(pair.destination.address)
-    return socket.create_connection((address.host, address.port), timeout=SECONDS)
+    return socket.create_connection((address.host, address.port), SECONDS, (host_of_its_own(), 0))
 
 
 def logged_since(pair: Pair, at: int, *words: str) -> None:

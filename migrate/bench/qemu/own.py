@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from migrate.bench.qemu.mover import MOVE_SECONDS, Moved, Mover
+from migrate.children import group_that_goes_with_us
 from migrate.errors import DeadlineError, PostcopyError
 from migrate.guests.linux.machine import GuestImage, LinuxGuest
 from migrate.guests.qemu.qmp import Event, Monitor
@@ -39,7 +40,12 @@ class OwnProcess:
         try:
             with theirs, log_path.open("ab") as log:
                 self._process = subprocess.Popen(
-                    words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(theirs.fileno(),)
+                    words,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(theirs.fileno(),),
+                    process_group=group_that_goes_with_us(),
                 )
         except OSError as error:
             self.monitor.close()
