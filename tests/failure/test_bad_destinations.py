@@ -168,24 +168,25 @@ BAD_REQUESTS = {
 @pytest.mark.parametrize("field", BAD_REQUESTS)
 def test_request_is_refused(pair: Pair, commuter: Commuter, field: str) -> None:
     """After the switchover: the guest may run there, so here it stays paused (P4), and its memory is kept."""
-    with FakeGuest("leaves", "running") as guest, FakeDestination() as fake, pair.source.client() as client:
+    with FakeGuest("leaves", "running") as guest, pair.source.client() as client:
         guest.attach(pair.source.runtime_dir / "guests.sock")
-        migration_id = client.migrate("leaves", fake.address).id
-        fake.prepare(guest)
-        fake.control.send(Prepared())
-        guest.pauses()
-        fake.urgent.sendall(BAD_REQUESTS[field])
-        refusal = fake.refusal_after_switchover()
-        assert refusal.code == "frame-invalid"
-        assert f"frame {field} (" in refusal.what
-        until(lambda: client.status(migration_id).state == "paused", "it is asked again")
-        status = client.status(migration_id)
-        assert status.error is not None
-        assert status.error.code == "frame-invalid"
-        assert guest.told_nothing()
-        with pytest.raises(PostcopyError, match="leaving") as busy:
-            client.migrate("leaves", fake.address)
-        assert busy.value.code == "guest-busy"
+        with FakeDestination() as fake:
+            migration_id = client.migrate("leaves", fake.address).id
+            fake.prepare(guest)
+            fake.control.send(Prepared())
+            guest.pauses()
+            fake.urgent.sendall(BAD_REQUESTS[field])
+            refusal = fake.refusal_after_switchover()
+            assert refusal.code == "frame-invalid"
+            assert f"frame {field} (" in refusal.what
+            until(lambda: client.status(migration_id).state == "paused", "it is asked again")
+            status = client.status(migration_id)
+            assert status.error is not None
+            assert status.error.code == "frame-invalid"
+            assert guest.told_nothing()
+            with pytest.raises(PostcopyError, match="leaving") as busy:
+                client.migrate("leaves", fake.address)
+            assert busy.value.code == "guest-busy"
         client.resolve("leaves", here=False)
         assert wait_settled(client, migration_id).state == "complete"
     until(lambda: f"frame {field}" in pair.source.log(), "the reason in the log")

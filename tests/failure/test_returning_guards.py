@@ -28,7 +28,7 @@ pytestmark = pytest.mark.requires("uffd", "uffd-poison")
 TWO_OWNERS = "runs at the source and at the destination"
 LATE = "pages that were lost come"
 SOURCE_PY, DESTINATION_PY, RETURNING_PY = "migrate/source.py", "migrate/destination.py", "migrate/returning.py"
-TAKEN_BACK = "self.advance(Event.TAKEN_BACK)  #"
+TAKEN_BACK = "        self.advance(Event.TAKEN_BACK)\n"
 RESTARTED = "                plane.restarted()\n"
 TAKES_BACK_LATE = "                self.advance(Event.TAKEN_BACK)\n"
 RESTORE_C = "migrate/dataplane/restore.c"
@@ -108,7 +108,7 @@ IN_PYTHON: dict[str, tuple[Scenario, tuple[Mutation, ...], str]] = {
     "P4 the source has taken back before anything can fail": (
         source_cannot_take_back,
         (
-            Mutation(SOURCE_PY, TAKEN_BACK, "pass  #"),
+            Mutation(SOURCE_PY, TAKEN_BACK, ""),
             Mutation(SOURCE_PY, RESTARTED, RESTARTED + TAKES_BACK_LATE),
         ),
         TWO_OWNERS,
@@ -116,7 +116,7 @@ IN_PYTHON: dict[str, tuple[Scenario, tuple[Mutation, ...], str]] = {
     "P6 the destination has taken back before anything can fail": (
         destination_cannot_take_back,
         (
-            Mutation(DESTINATION_PY, TAKEN_BACK, "pass  #"),
+            Mutation(DESTINATION_PY, TAKEN_BACK, ""),
             Mutation(DESTINATION_PY, "        plane.wake()\n", "        plane.wake()\n        self.advance(Event.TAKEN_BACK)\n"),
         ),
         "its memory is emptied",

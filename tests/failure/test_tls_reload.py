@@ -90,7 +90,7 @@ def is_let_in(daemon: DaemonProcess, directory: Path, kind: ConnectionKind) -> b
 @pytest.mark.requires("uffd")
 def test_new_connections_use_what_is_new_and_those_that_stand_go_on(renewal: Renewal) -> None:
     """Another authority altogether, amid a migration; nobody connects anew for it."""
-    guest = Commuter(renewal.pair, "renewed", "16M", options=("--rate", "2000"))
+    guest = Commuter(renewal.pair, "renewed", "4M", options=("--rate", "4000"))
     try:
         assert [renewal.days_left(daemon) for daemon in (renewal.pair.source, renewal.pair.destination)] == [5, 5]
         with CutMove(guest, precopy="off", bulk=False) as move:
