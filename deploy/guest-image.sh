@@ -54,7 +54,7 @@ initramfs() {
     workload=migrate/guests/workload
     "$compiler" -static -std=gnu11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wpedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Werror \
         -pthread -Imigrate/dataplane -I$workload -o "$directory/root/init" migrate/guests/linux/*.c \
-        $workload/workload.c $workload/worker.c $workload/verify.c migrate/dataplane/histogram.c
+        $workload/*.c migrate/dataplane/histogram.c
     cp -R "$directory/modules" "$directory/root/modules"
     (cd "$directory/root" && find . | cpio --quiet --create --format=newc --owner=0:0) >"$directory/initramfs.new"
     mv "$directory/initramfs.new" "$directory/initramfs.cpio"
