@@ -25,6 +25,7 @@ from migrate.errors import (
     AbandonedError,
     CancelledByPeerError,
     ConnectionLostError,
+    DaemonEndingError,
     GuestGoneError,
     NotAbandonableError,
     PeerRefusedError,
@@ -706,7 +707,7 @@ class DestinationMigration(Arrival):
             self.advance(Event.STALL)
             if self.guest is not None:
                 self.guest.state = GuestState.LOST
-            if not isinstance(error, PeerRefusedError):
+            if not isinstance(error, PeerRefusedError | DaemonEndingError):
                 self._control.refuse(error)
             if isinstance(error, GuestGoneError):
                 self.log.error("migration stalled: its guest has ended here", reason=str(error), peer=self.peer)
@@ -763,5 +764,5 @@ def abandoned(guest_id: str) -> AbandonedError:
     return AbandonedError(f"guest {guest_id}", expected="its missing pages to come", got="given up by the operator")
 
 
-def _ending() -> PostcopyError:
-    return PostcopyError("the daemon is ending", code="cancelled")
+def _ending() -> DaemonEndingError:
+    return DaemonEndingError("the daemon is ending", code="cancelled")

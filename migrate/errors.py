@@ -104,6 +104,12 @@ class PeerRefusedError(PostcopyError):
     code = "peer-refused"
 
 
+class DaemonEndingError(PostcopyError):
+    """Without waiting for the guest (second SIGTERM). Nothing is wrong that the peer is to know: there will be another daemon."""
+
+    code = "daemon-ended"
+
+
 class CancelledByPeerError(PostcopyError):
     """The source cancelled before the switchover."""
 

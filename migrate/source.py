@@ -21,6 +21,7 @@ from migrate.departure import Departure
 from migrate.errors import (
     AbortedError,
     ConnectionLostError,
+    DaemonEndingError,
     GuestGoneError,
     NotCancellableError,
     NotLimitableError,
@@ -597,7 +598,7 @@ class SourceMigration(Departure):
     def _cancelled(self) -> PostcopyError:
         reason = self._cancel_reason or "the daemon is ending"
         if self.state not in CANCELLABLE:  # the daemon ends at once (second SIGTERM) in the middle of a switchover or later
-            ending = PostcopyError(reason, code="daemon-ended")
+            ending = DaemonEndingError(reason)
             self._failed(ending)
             return ending
         self.advance(Event.CANCEL)
@@ -612,7 +613,7 @@ class SourceMigration(Departure):
         aborted = isinstance(error, AbortedError) and undecided
         if self.state in AFTER_SWITCHOVER and not aborted:
             self.advance(Event.STALL)
-            if self._control is not None and not isinstance(error, PeerRefusedError):
+            if self._control is not None and not isinstance(error, PeerRefusedError | DaemonEndingError):
                 self._control.refuse(error)
             what = "migration stalled: the guest stays paused here, its pages kept"
             hint = f"once the reason is gone: postcopy recover {self.id[:8]}; if that cannot be: postcopy resolve {self.guest_id}"

@@ -6,6 +6,7 @@ RLIMIT_FSIZE), a guest that has ended, a destination that answers what nobody as
 import contextlib
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -23,6 +24,7 @@ from .returning_fakes import Leaving
 pytestmark = pytest.mark.requires("uffd")
 HALF_BYTES = 8 << 20
 NOBODY = "127.0.0.1:1"
+SLOWLY_BYTES_PER_SECOND = 10_000_000
 
 
 @contextlib.contextmanager
@@ -93,6 +95,22 @@ def test_it_stalls_again_while_the_reason_lasts(traveller: Commuter) -> None:
     with traveller.is_at.client() as client:
         assert wait_settled(client, migration_id).state == "complete"
     traveller.arrived()
+
+
+@pytest.mark.parametrize("who", ["source", "destination"])
+def test_a_daemon_that_ends_does_not_stall_the_other(traveller: Commuter, who: str) -> None:
+    """By a second SIGTERM, in postcopy: the next one takes its guest back, and nobody has to ask for it."""
+    with CutMove(traveller, precopy="off", bulk_limit_bytes_per_second=SLOWLY_BYTES_PER_SECOND) as move:
+        move.reaches("postcopy")
+        daemon = getattr(traveller.pair, who)
+        daemon.signal(signal.SIGTERM)
+        until(lambda: "waiting for guests in postcopy" in daemon.log(), "the first one is heard")
+        daemon.signal(signal.SIGTERM)
+        again = traveller.pair.again(daemon)
+        traveller.is_at, traveller.goes_to = (again if one is daemon else one for one in (traveller.is_at, traveller.goes_to))
+        with traveller.is_at.client() as client:
+            until(lambda: client.status(move.id).state == "complete", "the move goes on")
+        traveller.arrived()
 
 
 def test_refused_amid_the_switchover_it_asks_again(pair: Pair) -> None:
