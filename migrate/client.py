@@ -132,6 +132,8 @@ def refusal(answer: httpx.Response) -> PostcopyError:
     """The daemon's own code and words."""
     problem = answer.json()
     code = str(problem.get("type", "")).removeprefix("urn:postcopy:") or "failed"
+    if code == "request-invalid":  # of what was typed
+        code = "usage"
     return PostcopyError(str(problem.get("detail", "")), code=code)
 
 

@@ -37,7 +37,7 @@ class Address:
         elif ":" in host:
             separator = ""
         if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-            raise PostcopyError("address", expected="HOST:PORT or [IPv6]:PORT", got=text)
+            raise PostcopyError("address", expected="HOST:PORT or [IPv6]:PORT", got=text, code="usage")
         return cls(host, int(port))
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, runtime_dir_of
+from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, address_of, guest_id_of, runtime_dir_of
 from migrate.errors import PostcopyError
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX
 from proto.messages import STREAMS_MAX
@@ -34,8 +34,8 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
 
 
 def migrate(
-    guest: Annotated[str, typer.Argument(help="Its id at the daemon.")],
-    to: Annotated[str, typer.Argument(help="HOST:PORT of the destination daemon.")],
+    guest: Annotated[str, typer.Argument(callback=guest_id_of, help="Its id at the daemon.")],
+    to: Annotated[str, typer.Argument(callback=address_of, help="HOST:PORT of the destination daemon.")],
     daemon: DaemonOption = "source",
     bulk: Annotated[bool, typer.Option(help="--no-bulk: pages cross only when the guest touches them.")] = True,
     precopy: Annotated[str, typer.Option(help="auto, off, or a number of rounds while the guest still runs here.")] = "auto",
@@ -263,7 +263,7 @@ def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_jso
 
 def recover(
     migration: MigrationArgument,
-    to: Annotated[str | None, typer.Option(help="HOST:PORT at which the destination is reached now.")] = None,
+    to: Annotated[str | None, typer.Option(callback=address_of, help="HOST:PORT at which the destination is reached now.")] = None,
     daemon: DaemonOption = "source",
     as_json: JsonOption = False,
 ) -> None:

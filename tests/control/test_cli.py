@@ -69,6 +69,27 @@ def test_wrong_pattern_is_2_and_names_those_there_are(cli: Cli) -> None:
     assert "sequential, random, zipf, chase, permute, got spiral" in run.stderr
 
 
+WRONG_VALUES = {
+    "an id of two words": (("guest", "workload", "--memory", "1M", "--id", "a b"), "letters, digits and . _ -", "'a b'"),
+    "an id of 65": (("guest", "workload", "--memory", "1M", "--id", "a" * 65), "1 to 64 letters", repr("a" * 65)),
+    "QEMU, before it starts": (("guest", "qemu", "--id", "x y", "--", "no-such-program"), "1 to 64 letters", "'x y'"),
+    "65 regions": (("guest", "workload", *["--memory", "1M"] * 65), "at most 64 regions", "65"),
+    "no port": (("migrate", "web", "nowhere"), "HOST:PORT", "nowhere"),
+    "no guest's id": (("migrate", "../x", "127.0.0.1:1"), "1 to 64 letters", "'../x'"),
+    "no log level": (("list",), "debug, info, warning, error", "loud"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_wrong_value_is_2_in_one_line(cli: Cli, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected, got = WRONG_VALUES[case]
+    if case == "no log level":
+        monkeypatch.setenv("POSTCOPY_LOG_LEVEL", "loud")
+    run = cli(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(rf"postcopy: .+: expected .*{re.escape(expected)}.*, got {re.escape(got)}\n", run.stderr), run.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("list",), ("status", "0"), ("cancel", "0"), ("limit", "0", "1M"), ("migrate", "guest", "[::1]:1")],
