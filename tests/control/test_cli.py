@@ -76,6 +76,7 @@ WRONG_VALUES = {
     "65 regions": (("guest", "workload", *["--memory", "1M"] * 65), "at most 64 regions", "65"),
     "no port": (("migrate", "web", "nowhere"), "HOST:PORT", "nowhere"),
     "no guest's id": (("migrate", "../x", "127.0.0.1:1"), "1 to 64 letters", "'../x'"),
+    "no congestion control": (("source", "--congestion-control", "nosuch"), "reno", "'nosuch'"),
     "no log level": (("list",), "debug, info, warning, error", "loud"),
 }
 

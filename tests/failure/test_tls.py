@@ -335,6 +335,10 @@ def test_files_that_will_not_do(certificates: Certificates, tmp_path: Path) -> N
             Tls(files, ["host.test"])
         assert words in str(raised.value)
         assert "BEGIN" not in str(raised.value)
+    for wrong in ("b example", "*.test", "", "host..test", "-" * 64):
+        with pytest.raises(PostcopyError, match="--tls-allow: expected a DNS name") as raised:
+            Tls(good, ["host.test", wrong])
+        assert raised.value.code == "usage"
     with pytest.raises(PostcopyError, match="--tls-allow NAME"):
         Tls(good, [])
     with pytest.raises(PostcopyError, match="no --tls-key, --tls-ca"):
