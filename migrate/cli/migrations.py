@@ -12,6 +12,7 @@ import typer
 from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, address_of, guest_id_of, runtime_dir_of
 from migrate.errors import PostcopyError
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX
+from proto.errors import sentence
 from proto.messages import STREAMS_MAX
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def summary(ended: "MigrationStatus") -> None:
     table.add_row("migration", f"{ended.id}: guest {ended.guest_id} to {ended.peer}")
     table.add_row("state", ended.state)
     if ended.error is not None:
-        table.add_row("reason", f"{ended.error.what}: expected {ended.error.expected}, got {ended.error.got}")
+        table.add_row("reason", sentence(ended.error.what, ended.error.expected, ended.error.got))
     if ended.downtime_seconds is not None:
         uncertainty = ended.downtime_uncertainty_seconds
         note = f" (+- {seconds(uncertainty)}, clocks of two hosts)" if uncertainty else ""
