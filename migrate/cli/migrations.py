@@ -199,6 +199,7 @@ def list_all(daemon: DaemonOption = "source", as_json: JsonOption = False) -> No
     console.print(table)
 
 
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 MigrationArgument = Annotated[str, typer.Argument(help="Its id, or the beginning of it.")]
 
 
@@ -280,10 +281,14 @@ def resolve(
     here: Annotated[
         bool, typer.Option("--here/--there", help="It runs on at this daemon; or elsewhere: what is here is let go of.")
     ],
+    yes: YesOption = False,
     daemon: DaemonOption = "source",
     as_json: JsonOption = False,
 ) -> None:
     """Decide where a paused guest runs, when it cannot be learned: make sure first that it runs nowhere else."""
+    if not yes and sys.stdin.isatty():  # a script has made sure
+        stake = "if it runs at its destination too, both are damaged" if here else "if it does not run elsewhere, it is lost"
+        typer.confirm(f"guest {guest} {'runs on here' if here else 'is let go of here'}: {stake}; go on?", abort=True, err=True)
     with _client(daemon) as client:
         now = client.resolve(guest, here=here)
     done = "runs on here" if here else "is let go of: it runs elsewhere"
@@ -292,7 +297,7 @@ def resolve(
 
 def abandon(
     migration: MigrationArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: YesOption = False,
     daemon: DaemonOption = "destination",
     as_json: JsonOption = False,
 ) -> None:
