@@ -191,7 +191,7 @@ def test_unsettled_migration_is_not_said_to_run_on_at_the_source(commuter: Commu
 def test_migration_id_stays_one_segment_of_its_path(commuter: Commuter) -> None:
     with commuter.is_at.client() as client:
         for typed in ("..", "../guests", "a/b", "a?b", "a#b", ""):
-            with pytest.raises(PostcopyError, match=r"expected one migration|Not Found") as raised:
+            with pytest.raises(PostcopyError, match="expected an id that `postcopy list` shows") as raised:
                 client.status(typed)
             assert raised.value.code == "not-found"
 
@@ -289,6 +289,18 @@ def test_stalled_migration_is_4(cli: Cli, pair: Pair) -> None:
             out, _ = child.communicate(timeout=20)
     assert child.returncode == 4
     assert "stalled" in out
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 1), (("--yes",), 6)], ids=["asks", "does not"])
+def test_resolve_asks_on_a_terminal(tmp_path: Path, options: tuple[str, ...], code: int) -> None:
+    ours, theirs = pty.openpty()
+    os.write(ours, b"n\n")
+    command = [*COMMAND, "resolve", "web", "--here", "--daemon", str(tmp_path), *options]
+    run = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=20, check=False)
+    os.close(ours)
+    os.close(theirs)
+    assert run.returncode == code
+    assert ("if it runs at its destination too, both are damaged" in run.stderr) == (not options)
 
 
 def test_cancel_before_the_switchover_leaves_the_guest_running(cli: Cli, commuter: Commuter) -> None:
