@@ -272,7 +272,8 @@ class Daemon:
         """By id or an unambiguous beginning of it. Raises NotFoundError."""
         found = [m for key, m in self.migrations.items() if key.startswith(migration_id)]
         if len(found) != 1:
-            raise NotFoundError(f"migration {migration_id}", expected="one migration", got=f"{len(found)}; `postcopy list` has their ids")
+            got = f"{len(found)}; `postcopy list` has their ids"
+            raise NotFoundError(f"migration {migration_id}", expected="one migration", got=got)
         return found[0]
 
     def _start(self, migration: SourceMigration | DestinationMigration) -> None:

@@ -52,6 +52,9 @@ def guest_id_of(text: str) -> str:
     return text
 
 
+GuestIdOption = Annotated[str, typer.Option("--id", callback=guest_id_of, help="Its name at the daemon.")]
+
+
 def memory_of(texts: list[str]) -> list[str]:
     """As they were typed. Raises PostcopyError for more regions than a guest may have."""
     from proto.messages import REGIONS_MAX

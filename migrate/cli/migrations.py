@@ -265,7 +265,9 @@ def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_jso
 
 def recover(
     migration: MigrationArgument,
-    to: Annotated[str | None, typer.Option(callback=address_of, help="HOST:PORT at which the destination is reached now.")] = None,
+    to: Annotated[
+        str | None, typer.Option(callback=address_of, help="HOST:PORT at which the destination is reached now.")
+    ] = None,
     daemon: DaemonOption = "source",
     as_json: JsonOption = False,
 ) -> None:
