@@ -5,8 +5,10 @@ import json
 import os
 import pty
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from migrate import __version__
 from migrate.cli import EXIT_CODES
 from migrate.cli.migrations import result_code, rounds_of
-from migrate.errors import PostcopyError
+from migrate.client import DaemonClient
+from migrate.daemon_paths import API_SOCKET
+from migrate.errors import DaemonUnreachableError, PostcopyError
 from migrate.guest.memory import MemorySpec
 from migrate.pair import COMMAND, Pair
 from migrate.session import MigrationStatus
@@ -102,6 +106,17 @@ def test_no_daemon_is_6(cli: Cli, tmp_path: Path, arguments: tuple[str, ...]) ->
     assert run.stderr.startswith(f"postcopy: daemon at {tmp_path}: expected one that answers")
     assert run.stderr.count("\n") == 1
     assert run.stdout == ""
+
+
+def test_daemon_that_does_not_answer_is_not_one_to_start(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, DaemonClient(tmp_path) as client, ThreadPoolExecutor(1) as other:
+        listener.bind(str(tmp_path / API_SOCKET))
+        listener.listen()
+        listener.settimeout(20)
+        ended = other.submit(lambda: listener.accept()[0].close())
+        with pytest.raises(DaemonUnreachableError, match="its log tells what it lacks"):
+            client.guests()
+        ended.result()
 
 
 def test_too_little_memory_is_5_and_names_the_remedy(cli: Cli) -> None:
