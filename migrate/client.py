@@ -1,6 +1,7 @@
 """The CLI's side of a daemon's HTTP API, over its unix socket."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ import httpx
 from pydantic import BaseModel
 
 from migrate.daemon_paths import API_SOCKET
-from migrate.errors import DaemonUnreachableError, PostcopyError
+from migrate.errors import DaemonUnreachableError, NotFoundError, PostcopyError
 from migrate.session import MigrationStatus
 
 EVENTS_SILENCE_SECONDS = 60.0
@@ -117,21 +118,26 @@ class DaemonClient:
         raise refusal(answer)
 
     def _unreachable(self, got: object) -> DaemonUnreachableError:
-        return DaemonUnreachableError(
-            f"daemon at {self._runtime_dir}", expected="one that answers (start it, or name another with --daemon)", got=got
-        )
+        hint = "start it, or name another with --daemon"
+        if isinstance(got, httpx.TransportError) and not isinstance(got, httpx.ConnectError):  # somebody is there
+            hint = "its log tells what it lacks, such as descriptors"
+        return DaemonUnreachableError(f"daemon at {self._runtime_dir}", expected=f"one that answers ({hint})", got=got)
 
 
 def _path(migration_id: str) -> str:
-    """Whatever somebody typed stays one segment of a path; one that a URL would resolve (``..``) is an id that there is not."""
-    segment = quote(migration_id, safe="").replace(".", "%2E")
-    return f"/v1/migrations/{segment or '%20'}"
+    """Whatever else somebody typed would be other segments of a path, or be resolved (``..``). Raises NotFoundError."""
+    if re.fullmatch("[0-9a-f]{1,32}", migration_id) is None:
+        expected, got = "an id that `postcopy list` shows, or the beginning of one", repr(migration_id[:64])
+        raise NotFoundError("migration", expected=expected, got=got)
+    return f"/v1/migrations/{migration_id}"
 
 
 def refusal(answer: httpx.Response) -> PostcopyError:
     """The daemon's own code and words."""
     problem = answer.json()
     code = str(problem.get("type", "")).removeprefix("urn:postcopy:") or "failed"
+    if code == "request-invalid":  # of what was typed
+        code = "usage"
     return PostcopyError(str(problem.get("detail", "")), code=code)
 
 

@@ -175,7 +175,7 @@ class Daemon:
         """Start moving a guest away. Raises NotFoundError, GuestBusyError, ListenRefusedError."""
         guest = self.guests.get(guest_id)
         if guest is None:
-            raise NotFoundError(f"guest {guest_id}", expected="one of " + (", ".join(self.guests) or "none"), got="no such guest")
+            raise self.no_such_guest(guest_id)
         if guest.state is not GuestState.RUNNING:
             raise GuestBusyError(f"guest {guest_id}", expected="running here as a whole", got=str(guest.state))
         if self.stopping.is_set():
@@ -256,11 +256,15 @@ class Daemon:
         """Raises ListenRefusedError."""
         require_loopback(address, what, insecure=self.insecure or self.tls is not None)
 
+    def no_such_guest(self, guest_id: str) -> NotFoundError:
+        there = ", ".join(self.guests) or "those attached (none: start one with `postcopy guest`, or name another --daemon)"
+        return NotFoundError(f"guest {guest_id[:64]}", expected=f"one of {there}", got="no such guest")
+
     def resolve(self, guest_id: str, *, here: bool) -> GuestLink:
         """A person decides where a paused guest runs. Raises NotFoundError, NotResolvableError."""
         guest = self.guests.get(guest_id) or returning.guest_that_lacks(self, guest_id)
         if guest is None:
-            raise NotFoundError(f"guest {guest_id}", expected="one of " + (", ".join(self.guests) or "none"), got="no such guest")
+            raise self.no_such_guest(guest_id)
         returning.resolve(self, guest, here=here)
         return guest
 
@@ -268,7 +272,8 @@ class Daemon:
         """By id or an unambiguous beginning of it. Raises NotFoundError."""
         found = [m for key, m in self.migrations.items() if key.startswith(migration_id)]
         if len(found) != 1:
-            raise NotFoundError(f"migration {migration_id}", expected="one migration", got=f"{len(found)}")
+            got = f"{len(found)}; `postcopy list` has their ids"
+            raise NotFoundError(f"migration {migration_id}", expected="one migration", got=got)
         return found[0]
 
     def _start(self, migration: SourceMigration | DestinationMigration) -> None:

@@ -3,6 +3,8 @@
 import errno
 import os
 
+from proto.errors import sentence
+
 
 class PostcopyError(Exception):
     """``code`` is stable; ``what``, ``expected`` and ``got`` say what an operator needs to act."""
@@ -15,7 +17,7 @@ class PostcopyError(Exception):
         self.got = str(got)
         if code is not None:
             self.code = code
-        super().__init__(what + (f": expected {self.expected}, got {self.got}" if self.expected or self.got else ""))
+        super().__init__(sentence(what, self.expected, self.got))
 
 
 class HostLacksError(PostcopyError):

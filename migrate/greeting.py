@@ -40,6 +40,8 @@ from proto.preamble import (
 _T = TypeVar("_T")
 SHUTDOWN_SECONDS = 1.0
 """How long a peer may take to say that it has seen our end of a session."""
+MAYBE_REFUSED = "the peer may have refused our certificate, and its log tells why"
+"""In TLS 1.3 its verdict comes when the handshake is over for who has dialled; and not every end is said by an alert."""
 
 
 class DataSocket(Protocol):
@@ -272,7 +274,8 @@ async def dial_data(sock: socket.socket, preamble: Preamble, tls: Tls | None, de
 
 def _check_answer(data: bytes) -> None:
     if len(data) < ANSWER_BYTES and MAGIC.startswith(data[: len(MAGIC)]):
-        raise ConnectionLostError("answer to the preamble", expected=f"{ANSWER_BYTES} bytes", got=f"{len(data)}, then its end")
+        got = f"{len(data)}, then its end; {MAYBE_REFUSED}"
+        raise ConnectionLostError("answer to the preamble", expected=f"{ANSWER_BYTES} bytes", got=got)
     Answer.decode(data).check()
 
 
@@ -288,7 +291,7 @@ async def _handshake(connecting: Any) -> None:
     except ConnectionAbortedError:
         raise DeadlineError("TLS handshake", expected="within its time", got="less") from None
     except OSError as error:
-        raise ConnectionLostError("TLS handshake", expected="to succeed", got=error) from None
+        raise ConnectionLostError("TLS handshake", expected="to succeed", got=str(error) or f"its end; {MAYBE_REFUSED}") from None
 
 
 class _Greeting(asyncio.Protocol):

@@ -5,6 +5,8 @@ import sys
 
 import structlog
 
+LEVELS = ("debug", "info", "warning", "error")
+
 
 def configure(level: str = "info") -> None:
     renderer: structlog.types.Processor = (

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import select
 import socket
@@ -37,7 +38,7 @@ class Address:
         elif ":" in host:
             separator = ""
         if not separator or not host or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-            raise PostcopyError("address", expected="HOST:PORT or [IPv6]:PORT", got=text)
+            raise PostcopyError("address", expected="HOST:PORT or [IPv6]:PORT", got=text, code="usage")
         return cls(host, int(port))
 
     def __str__(self) -> str:
@@ -95,11 +96,24 @@ def tune(sock: socket.socket, congestion_control: str | None = None) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_SECONDS)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_SECONDS)
     if congestion_control is not None:
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion_control.encode())
-        except OSError as error:
-            allowed = Path("/proc/sys/net/ipv4/tcp_allowed_congestion_control").read_text().strip()
-            raise ListenRefusedError("congestion control", expected=f"one of {allowed}", got=congestion_control) from error
+        _choose_congestion_control(sock, congestion_control)
+
+
+def check_congestion_control(name: str) -> None:
+    """Raises ListenRefusedError for one that no connection here could have."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        _choose_congestion_control(sock, name)
+
+
+def _choose_congestion_control(sock: socket.socket, name: str) -> None:
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+    except OSError as error:
+        known = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+        expected = f"one of {', '.join(known)}"
+        if error.errno == errno.EPERM:  # without CAP_NET_ADMIN
+            expected = f"one that this user may have (sysctl net.ipv4.tcp_allowed_congestion_control) of {', '.join(known)}"
+        raise ListenRefusedError("--congestion-control", expected=expected, got=repr(name), code="usage") from error
 
 
 async def connect(address: Address, *, deadline_seconds: float, congestion_control: str | None = None) -> socket.socket:

@@ -32,6 +32,7 @@ from proto.states import Role
 log = structlog.get_logger("postcopy.record")
 FOLDER = "migrations"
 STAGED, HOLDS = b"-", b"+"
+UNREADABLE_HINT = "its guest waits: put the file back as it was and restart, or `postcopy resolve` the guest; then remove it"
 VERDICTS_KEPT = 64
 """Of earlier lives, for a peer that never asked. On one that was abandoned a guest may depend: it goes with the boot."""
 
@@ -85,6 +86,8 @@ class RecordBook:
         self._staged: dict[str, int] = {}
         self.earlier: dict[str, Record] = {}
         """Of lives before this one, by migration, until somebody goes on with them."""
+        self.unreadable: list[Path] = []
+        """Damaged ones, of which guests is not known: left as they are."""
 
     def open(self) -> None:
         """At the start: read what earlier lives have left; what they had only staged has not happened."""
@@ -93,24 +96,21 @@ class RecordBook:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         for path in self._folder.glob("*.staged"):  # out of the reach of a daemon that lives on, stopped perhaps: see commit
             path.rename(path.with_suffix(".taken"))
-        unreadable: set[str] = set()
         for path in sorted(self._folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
-            data = _held(path)
-            if data is None:  # what was only being written, or staged, has not happened
-                path.unlink()
+            try:
+                record = _read(path)
+            except (IsADirectoryError, PermissionError, ValueError) as error:
+                self.unreadable.append(path)
+                log.error("record that cannot be read: left as it is", path=str(path), reason=_why(error), hint=UNREADABLE_HINT)
                 continue
-            record = _parsed(path, data)
-            if record is None:
-                unreadable.add(path.stem)
-                continue
-            if record.boot_id != boot_id():
+            if record is None or record.boot_id != boot_id():  # what was only being written, or staged, has not happened
                 path.unlink()
                 continue
             known = self.earlier.get(record.migration_id)
             if known is None or known.revision < record.revision:
                 self.earlier[record.migration_id] = record
-        for migration_id in unreadable:  # what else there is of it may say too little: nobody decides by that
-            self.earlier.pop(migration_id, None)
+        for path in self.unreadable:  # what else there is of it may say too little: nobody decides by that
+            self.earlier.pop(path.stem, None)
         for path in self._folder.glob("*.taken"):
             if path.stem in self.earlier:
                 self.write(self.earlier[path.stem])
@@ -188,17 +188,17 @@ def _write(path: Path, prefix: bytes, record: Record) -> int:
     return descriptor
 
 
-def _held(path: Path) -> bytes | None:
-    """The record in this file, if it holds."""
+def _read(path: Path) -> Record | None:
+    """The record in this file, if it holds. Raises OSError, ValueError for one that is damaged."""
     data = path.read_bytes()
     if path.suffix == ".taken" and data.startswith(HOLDS):
-        return data[len(HOLDS) :]
-    return data if path.suffix == ".json" else None
+        return Record.model_validate_json(data[len(HOLDS) :])
+    return Record.model_validate_json(data) if path.suffix == ".json" else None
 
 
-def _parsed(path: Path, data: bytes) -> Record | None:
-    try:
-        return Record.model_validate_json(data)
-    except (ValidationError, UnicodeDecodeError) as error:
-        log.error("record that cannot be read: left as it is", path=str(path), reason=type(error).__name__)
-        return None
+def _why(error: OSError | ValueError) -> str:
+    """Without what is in the file, which has a token in it."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False)[0]
+        return ": ".join([*map(str, first["loc"][:1]), first["msg"]])
+    return str(error.strerror if isinstance(error, OSError) else error)

@@ -36,7 +36,7 @@ from migrate.destination import DestinationMigration, abandoned
 from migrate.errors import GuestGoneError, NotResolvableError, PostcopyError
 from migrate.greeting import Incoming
 from migrate.guest_link import GuestLink, GuestState
-from migrate.record import Record
+from migrate.record import UNREADABLE_HINT, Record
 from migrate.source import SourceMigration
 from proto.errors import ProtocolError
 from proto.messages import Aborted, Complete, GuestReleased, Recover, Released, Resume
@@ -135,7 +135,7 @@ def _taken_up(daemon: "Daemon", link: GuestLink) -> SourceMigration | None:
 
 def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], object] | None:
     if record is None:
-        _tell_undecided(link)
+        _tell_undecided(daemon, link)
         return None
     if record.verdict == "complete":
         return partial(_release, daemon, link, record)
@@ -147,7 +147,7 @@ def _paused(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callabl
 
 def _arriving(daemon: "Daemon", link: GuestLink, record: Record | None) -> Callable[[], object] | None:
     if record is None or record.verdict == "aborted":
-        _tell_undecided(link)
+        _tell_undecided(daemon, link)
         return None
     link.state = GuestState.ARRIVING
     return lambda: daemon.take_back_destination(link, _taken(daemon, record))
@@ -159,11 +159,14 @@ def _taken(daemon: "Daemon", record: Record) -> Record:
     return record
 
 
-def _tell_undecided(link: GuestLink) -> None:
+def _tell_undecided(daemon: "Daemon", link: GuestLink) -> None:
+    hint = "give this daemon the runtime directory of the one that it had"
+    if damaged := daemon.records.unreadable:
+        hint = f"its record may be one that cannot be read: {', '.join(map(str, damaged[:8]))}; {UNREADABLE_HINT}"
     log.error(
         "guest amid a migration of which nothing is known here: it is left as it is",
         guest=link.guest_id,
-        hint="give this daemon the runtime directory of the one that it had",
+        hint=hint,
     )
 
 

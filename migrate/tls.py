@@ -14,6 +14,7 @@ Not looked at: revocation (CRL, OCSP). Certificates of days rather than years, a
 
 import contextlib
 import os
+import re
 import ssl
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -25,6 +26,7 @@ from migrate.dataplane.tls import TlsContext
 from migrate.errors import ListenRefusedError, PeerNameError, TlsError
 
 FILE_BYTES_MAX = 1 << 20
+DNS_NAME_CHARACTERS_MAX, DNS_NAME = 253, re.compile(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,10 @@ class Tls:
             raise ListenRefusedError(
                 "TLS", expected="--tls-allow NAME, once for each peer's certificate", got="none: nobody is let in"
             )
+        for name in self.allowed:
+            if len(name) > DNS_NAME_CHARACTERS_MAX or DNS_NAME.fullmatch(name) is None:
+                expected = "a DNS name: letters, digits, hyphens and dots, no wildcard"
+                raise ListenRefusedError("--tls-allow", expected=expected, got=repr(name), code="usage")
         self._loaded = _load(self._files)
 
     def reload(self) -> None:

@@ -8,6 +8,12 @@ def _bounded(value: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in str(value)[:TEXT_MAX])
 
 
+def sentence(what: str, expected: str, got: str) -> str:
+    """``what: expected …, got …``: of the last two what there is."""
+    facts = ", ".join(f"{name} {text}" for name, text in (("expected", expected), ("got", got)) if text)
+    return f"{what}: {facts}" if facts else what
+
+
 class ProtocolError(Exception):
     """The peer sent what the protocol does not allow. ``code`` is stable and goes over the wire in ``refused``."""
 
@@ -16,7 +22,7 @@ class ProtocolError(Exception):
         self.what = _bounded(what)
         self.expected = _bounded(expected)
         self.got = _bounded(got)
-        super().__init__(f"{self.what}: expected {self.expected}, got {self.got}")
+        super().__init__(sentence(self.what, self.expected, self.got))
 
 
 class IllegalTransitionError(Exception):

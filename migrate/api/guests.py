@@ -6,7 +6,6 @@ from fastapi import APIRouter
 
 from migrate.api.models import GuestInfo, RegionInfo, ResolveRequest
 from migrate.api.problems import refusals
-from migrate.errors import NotFoundError
 from migrate.region import shape_text
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ def add_routes(routes: APIRouter, daemon: "Daemon") -> None:
     async def guest(guest_id: str) -> GuestInfo:
         found = daemon.guests.get(guest_id)
         if found is None:
-            there = ", ".join(daemon.guests) or "none"
-            raise NotFoundError(f"guest {guest_id[:64]}", expected=f"one of {there}", got="no such guest")
+            raise daemon.no_such_guest(guest_id)
         return guest_info(daemon, found)
 
     @routes.post(

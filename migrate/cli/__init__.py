@@ -3,6 +3,7 @@
 Subcommands import what they need when they run: a guest does not load the HTTP server.
 """
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,37 @@ DaemonOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
+def guest_id_of(text: str) -> str:
+    """As it was typed. Raises PostcopyError unless it is a name (proto/messages.py)."""
+    from proto.messages import NAME_CHARACTERS_MAX, NAME_PATTERN
+
+    if len(text) > NAME_CHARACTERS_MAX or re.fullmatch(NAME_PATTERN, text) is None:
+        expected = f"1 to {NAME_CHARACTERS_MAX} letters, digits and . _ -, the first a letter or digit"
+        raise PostcopyError("id of a guest", expected=expected, got=repr(text[:200]), code="usage")
+    return text
+
+
+GuestIdOption = Annotated[str, typer.Option("--id", callback=guest_id_of, help="Its name at the daemon.")]
+
+
+def memory_of(texts: list[str]) -> list[str]:
+    """As they were typed. Raises PostcopyError for more regions than a guest may have."""
+    from proto.messages import REGIONS_MAX
+
+    if len(texts) > REGIONS_MAX:
+        raise PostcopyError("--memory", expected=f"at most {REGIONS_MAX} regions", got=len(texts), code="usage")
+    return texts
+
+
+def address_of(text: str | None) -> str | None:
+    """As it was typed. Raises PostcopyError."""
+    from migrate.network import Address
+
+    if text is not None:
+        Address.parse(text)
+    return text
+
+
 def runtime_dir_of(daemon: str) -> Path:
     from migrate.config import default_runtime_dir
 
@@ -61,7 +93,10 @@ def _root(
     from migrate import log
     from migrate.config import Settings
 
-    log.configure(Settings().log_level)
+    level = Settings().log_level.lower() or "info"
+    if level not in log.LEVELS:
+        raise PostcopyError("POSTCOPY_LOG_LEVEL", expected=f"one of {', '.join(log.LEVELS)}", got=level, code="usage")
+    log.configure(level)
 
 
 def exit_code(error: PostcopyError | ProtocolError) -> int:

@@ -123,9 +123,11 @@ def _run(
 
     from migrate.daemon import Daemon
     from migrate.errors import ListenRefusedError
-    from migrate.network import Address
+    from migrate.network import Address, check_congestion_control
     from migrate.tls import Tls, TlsFiles
 
+    if congestion_control is not None:
+        check_congestion_control(congestion_control)
     files = TlsFiles.chosen(secured.directory, secured.certificate, secured.key, secured.authority)
     if files is None and secured.allowed:
         raise ListenRefusedError("--tls-allow", expected="--tls-dir with it", got="no certificate of this daemon")

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from migrate.cli import DaemonOption, runtime_dir_of
+from migrate.cli import DaemonOption, GuestIdOption, memory_of, runtime_dir_of
 
 RatioOption = Annotated[float, typer.Option(min=0, max=1)]
 
@@ -20,8 +20,10 @@ def _guests() -> None:
 
 
 def workload(
-    memory: Annotated[list[str], typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb|:hugetlb-1g]; repeat for several regions.")],
-    guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "workload",
+    memory: Annotated[
+        list[str], typer.Option(callback=memory_of, help="SIZE[:memfd|:tmpfs|:hugetlb|:hugetlb-1g]; repeat for several regions.")
+    ],
+    guest_id: GuestIdOption = "workload",
     daemon: DaemonOption = "source",
     waiting: Annotated[bool, typer.Option("--waiting", help="Wait for a guest of this size to arrive.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="After departing, wait for the next guest.")] = False,
@@ -78,7 +80,7 @@ def workload(
 
 def qemu(
     command: Annotated[list[str], typer.Argument(help="Behind `--`: QEMU and its options, as you start it yourself.")],
-    guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "qemu",
+    guest_id: GuestIdOption = "qemu",
     daemon: DaemonOption = "source",
     waiting: Annotated[bool, typer.Option("--waiting", help="Wait for a guest of the same command line to arrive.")] = False,
     stay: Annotated[bool, typer.Option("--stay", help="After departing, wait for the next guest.")] = False,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from migrate.cli import DaemonOption, runtime_dir_of
+from migrate.cli import DaemonOption, GuestIdOption, memory_of, runtime_dir_of
 from migrate.cli.guests import RatioOption
 
 
@@ -13,8 +13,10 @@ def register(_: typer.Typer, guest_app: typer.Typer) -> None:
 
 
 def kvm(
-    memory: Annotated[list[str], typer.Option(help="SIZE[:memfd|:tmpfs|:hugetlb]; repeat for several regions.")],
-    guest_id: Annotated[str, typer.Option("--id", help="Its name at the daemon.")] = "kvm",
+    memory: Annotated[
+        list[str], typer.Option(callback=memory_of, help="SIZE[:memfd|:tmpfs|:hugetlb]; repeat for several regions.")
+    ],
+    guest_id: GuestIdOption = "kvm",
     daemon: DaemonOption = "source",
     waiting: Annotated[
         bool, typer.Option("--waiting", help="Wait for a guest of this size and as many vCPUs to arrive.")

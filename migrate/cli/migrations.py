@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, runtime_dir_of
+from migrate.cli import EXIT_CODES, DaemonOption, JsonOption, address_of, guest_id_of, runtime_dir_of
 from migrate.errors import PostcopyError
 from migrate.precopy import AUTO, DEADLINE_SECONDS_MAX, ROUNDS_MAX
+from proto.errors import sentence
 from proto.messages import STREAMS_MAX
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ def register(app: typer.Typer, _: typer.Typer) -> None:
 
 
 def migrate(
-    guest: Annotated[str, typer.Argument(help="Its id at the daemon.")],
-    to: Annotated[str, typer.Argument(help="HOST:PORT of the destination daemon.")],
+    guest: Annotated[str, typer.Argument(callback=guest_id_of, help="Its id at the daemon.")],
+    to: Annotated[str, typer.Argument(callback=address_of, help="HOST:PORT of the destination daemon.")],
     daemon: DaemonOption = "source",
     bulk: Annotated[bool, typer.Option(help="--no-bulk: pages cross only when the guest touches them.")] = True,
     precopy: Annotated[str, typer.Option(help="auto, off, or a number of rounds while the guest still runs here.")] = "auto",
@@ -155,7 +156,7 @@ def summary(ended: "MigrationStatus") -> None:
     table.add_row("migration", f"{ended.id}: guest {ended.guest_id} to {ended.peer}")
     table.add_row("state", ended.state)
     if ended.error is not None:
-        table.add_row("reason", f"{ended.error.what}: expected {ended.error.expected}, got {ended.error.got}")
+        table.add_row("reason", sentence(ended.error.what, ended.error.expected, ended.error.got))
     if ended.downtime_seconds is not None:
         uncertainty = ended.downtime_uncertainty_seconds
         note = f" (+- {seconds(uncertainty)}, clocks of two hosts)" if uncertainty else ""
@@ -198,6 +199,7 @@ def list_all(daemon: DaemonOption = "source", as_json: JsonOption = False) -> No
     console.print(table)
 
 
+YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 MigrationArgument = Annotated[str, typer.Argument(help="Its id, or the beginning of it.")]
 
 
@@ -263,7 +265,9 @@ def cancel(migration: MigrationArgument, daemon: DaemonOption = "source", as_jso
 
 def recover(
     migration: MigrationArgument,
-    to: Annotated[str | None, typer.Option(help="HOST:PORT at which the destination is reached now.")] = None,
+    to: Annotated[
+        str | None, typer.Option(callback=address_of, help="HOST:PORT at which the destination is reached now.")
+    ] = None,
     daemon: DaemonOption = "source",
     as_json: JsonOption = False,
 ) -> None:
@@ -279,10 +283,14 @@ def resolve(
     here: Annotated[
         bool, typer.Option("--here/--there", help="It runs on at this daemon; or elsewhere: what is here is let go of.")
     ],
+    yes: YesOption = False,
     daemon: DaemonOption = "source",
     as_json: JsonOption = False,
 ) -> None:
     """Decide where a paused guest runs, when it cannot be learned: make sure first that it runs nowhere else."""
+    if not yes and sys.stdin.isatty():  # a script has made sure
+        stake = "if it runs at its destination too, both are damaged" if here else "if it does not run elsewhere, it is lost"
+        typer.confirm(f"guest {guest} {'runs on here' if here else 'is let go of here'}: {stake}; go on?", abort=True, err=True)
     with _client(daemon) as client:
         now = client.resolve(guest, here=here)
     done = "runs on here" if here else "is let go of: it runs elsewhere"
@@ -291,7 +299,7 @@ def resolve(
 
 def abandon(
     migration: MigrationArgument,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: YesOption = False,
     daemon: DaemonOption = "destination",
     as_json: JsonOption = False,
 ) -> None:

@@ -5,8 +5,10 @@ import json
 import os
 import pty
 import re
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 from migrate import __version__
 from migrate.cli import EXIT_CODES
 from migrate.cli.migrations import result_code, rounds_of
-from migrate.errors import PostcopyError
+from migrate.client import DaemonClient
+from migrate.daemon_paths import API_SOCKET
+from migrate.errors import DaemonUnreachableError, PostcopyError
 from migrate.guest.memory import MemorySpec
 from migrate.pair import COMMAND, Pair
 from migrate.session import MigrationStatus
@@ -69,6 +73,28 @@ def test_wrong_pattern_is_2_and_names_those_there_are(cli: Cli) -> None:
     assert "sequential, random, zipf, chase, permute, got spiral" in run.stderr
 
 
+WRONG_VALUES = {
+    "an id of two words": (("guest", "workload", "--memory", "1M", "--id", "a b"), "letters, digits and . _ -", "'a b'"),
+    "an id of 65": (("guest", "workload", "--memory", "1M", "--id", "a" * 65), "1 to 64 letters", repr("a" * 65)),
+    "QEMU, before it starts": (("guest", "qemu", "--id", "x y", "--", "no-such-program"), "1 to 64 letters", "'x y'"),
+    "65 regions": (("guest", "workload", *["--memory", "1M"] * 65), "at most 64 regions", "65"),
+    "no port": (("migrate", "web", "nowhere"), "HOST:PORT", "nowhere"),
+    "no guest's id": (("migrate", "../x", "127.0.0.1:1"), "1 to 64 letters", "'../x'"),
+    "no congestion control": (("source", "--congestion-control", "nosuch"), "reno", "'nosuch'"),
+    "no log level": (("list",), "debug, info, warning, error", "loud"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_wrong_value_is_2_in_one_line(cli: Cli, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected, got = WRONG_VALUES[case]
+    if case == "no log level":
+        monkeypatch.setenv("POSTCOPY_LOG_LEVEL", "loud")
+    run = cli(*arguments)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(rf"postcopy: .+: expected .*{re.escape(expected)}.*, got {re.escape(got)}\n", run.stderr), run.stderr
+
+
 @pytest.mark.parametrize(
     "arguments",
     [("list",), ("status", "0"), ("cancel", "0"), ("limit", "0", "1M"), ("migrate", "guest", "[::1]:1")],
@@ -80,6 +106,17 @@ def test_no_daemon_is_6(cli: Cli, tmp_path: Path, arguments: tuple[str, ...]) ->
     assert run.stderr.startswith(f"postcopy: daemon at {tmp_path}: expected one that answers")
     assert run.stderr.count("\n") == 1
     assert run.stdout == ""
+
+
+def test_daemon_that_does_not_answer_is_not_one_to_start(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, DaemonClient(tmp_path) as client, ThreadPoolExecutor(1) as other:
+        listener.bind(str(tmp_path / API_SOCKET))
+        listener.listen()
+        listener.settimeout(20)
+        ended = other.submit(lambda: listener.accept()[0].close())
+        with pytest.raises(DaemonUnreachableError, match="its log tells what it lacks"):
+            client.guests()
+        ended.result()
 
 
 def test_too_little_memory_is_5_and_names_the_remedy(cli: Cli) -> None:
@@ -169,7 +206,7 @@ def test_unsettled_migration_is_not_said_to_run_on_at_the_source(commuter: Commu
 def test_migration_id_stays_one_segment_of_its_path(commuter: Commuter) -> None:
     with commuter.is_at.client() as client:
         for typed in ("..", "../guests", "a/b", "a?b", "a#b", ""):
-            with pytest.raises(PostcopyError, match=r"expected one migration|Not Found") as raised:
+            with pytest.raises(PostcopyError, match="expected an id that `postcopy list` shows") as raised:
                 client.status(typed)
             assert raised.value.code == "not-found"
 
@@ -267,6 +304,18 @@ def test_stalled_migration_is_4(cli: Cli, pair: Pair) -> None:
             out, _ = child.communicate(timeout=20)
     assert child.returncode == 4
     assert "stalled" in out
+
+
+@pytest.mark.parametrize(("options", "code"), [((), 1), (("--yes",), 6)], ids=["asks", "does not"])
+def test_resolve_asks_on_a_terminal(tmp_path: Path, options: tuple[str, ...], code: int) -> None:
+    ours, theirs = pty.openpty()
+    os.write(ours, b"n\n")
+    command = [*COMMAND, "resolve", "web", "--here", "--daemon", str(tmp_path), *options]
+    run = subprocess.run(command, stdin=theirs, capture_output=True, text=True, timeout=20, check=False)
+    os.close(ours)
+    os.close(theirs)
+    assert run.returncode == code
+    assert ("if it runs at its destination too, both are damaged" in run.stderr) == (not options)
 
 
 def test_cancel_before_the_switchover_leaves_the_guest_running(cli: Cli, commuter: Commuter) -> None:

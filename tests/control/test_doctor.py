@@ -70,7 +70,7 @@ def test_core_works_here_and_the_status_says_so(as_json: Ended) -> None:
     assert report.postcopy == __version__
 
 
-@pytest.mark.requires("uffd", "uffd-kernel", "root", "hugetlb", "shared-memory")
+@pytest.mark.requires("uffd", "uffd-kernel", "root", "hugetlb", "shared-memory", "qemu")
 def test_no_surprises_for_root(as_text: Ended) -> None:
     assert as_text.returncode == 0
     assert as_text.stdout.splitlines()[-1] == "No surprises: guests can be moved from here and to here."

@@ -94,9 +94,18 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda data: data[:-1], lambda data: b"", lambda data: b"\xff" + data], ids=["cut", "empty", "no text"]
+    ("spoil", "why"),
+    [
+        (lambda data: data[:-1], "EOF while parsing"),
+        (lambda data: b"", "EOF while parsing"),
+        (lambda data: b"\xff" + data, "expected value"),
+        (lambda data: data.replace(b'"version":2', b'"version":9'), "version: Input should be 1 or 2"),
+    ],
+    ids=["cut", "empty", "no text", "of a later version"],
 )
-def test_one_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+def test_one_that_cannot_be_read_is_left_as_it_is(
+    tmp_path: Path, spoil: Callable[[bytes], bytes], why: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     records = book(tmp_path)
     records.write(fresh())
     path = tmp_path / FOLDER / f"{ID}.json"
@@ -104,6 +113,18 @@ def test_one_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, spoil: Callabl
     kept = path.read_bytes()
     assert book(tmp_path).earlier == {}
     assert path.read_bytes() == kept
+    told = capfd.readouterr().out
+    assert str(path) in told
+    assert why in told
+    assert "ab" * 16 not in told
+
+
+def test_a_directory_among_them_is_left_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FOLDER / f"{ID}.json").mkdir(parents=True)
+    found = book(tmp_path)
+    assert found.earlier == {}
+    assert [path.name for path in found.unreadable] == [f"{ID}.json"]
+    assert "Is a directory" in capfd.readouterr().out
 
 
 def test_beside_one_that_cannot_be_read_nothing_is_believed(tmp_path: Path) -> None:

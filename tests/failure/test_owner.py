@@ -143,7 +143,7 @@ def test_a_guest_without_a_record(pair: Pair, here: bool, told: type[Message]) -
 
 def decide(pair: Pair, guest_id: str, where: str) -> int:
     command = Process(
-        "resolve", ["resolve", guest_id, where, "--daemon", str(pair.source.runtime_dir)], pair.directory / "resolve.log"
+        "resolve", ["resolve", guest_id, where, "--yes", "--daemon", str(pair.source.runtime_dir)], pair.directory / "resolve.log"
     )
     try:
         return command.wait()

@@ -111,6 +111,19 @@ def test_who_dials_is_refused(
     logged_since(pair, at, "connection refused", *words)
 
 
+def test_who_ends_the_handshake_is_told_of(pair: Pair) -> None:
+    """As a source that does not trust us: it need not say so."""
+    at = len(pair.destination.log())
+    with connected(pair) as sock:
+        sock.sendall(said_before(ConnectionKind.CONTROL))
+        inside = ssl.create_default_context().wrap_bio(ssl.MemoryBIO(), out := ssl.MemoryBIO(), server_hostname="host.test")
+        with pytest.raises(ssl.SSLWantReadError):
+            inside.do_handshake()
+        sock.sendall(out.read())
+        assert sock.recv(4096)
+    logged_since(pair, at, "TLS handshake", "its end; the peer may have refused our certificate")
+
+
 @KINDS
 def test_kind_said_before_is_the_one_said_inside(pair: Pair, certificates: Certificates, kind: ConnectionKind) -> None:
     """Whoever changes the byte in the clear has a connection refused."""
@@ -290,6 +303,21 @@ def test_whom_we_dial_goes_away(ours: Tls, kind: ConnectionKind) -> None:
         assert dialled(ours, address, kind).code == "connection-lost"
 
 
+@KINDS
+def test_whom_we_dial_ends_it_without_an_alert(ours: Tls, certificates: Certificates, kind: ConnectionKind) -> None:
+    """Once the handshake is over for us: as who resets it because of our certificate."""
+
+    def serve(sock: socket.socket) -> None:
+        assert sock.recv(1) == said_before(kind)
+        with GOOD.context(certificates, accepts=True).wrap_socket(sock, server_side=True) as inside:
+            inside.recv(PREAMBLE_BYTES)
+
+    with listening(serve) as address:
+        error = dialled(ours, address, kind)
+    assert error.code == "connection-lost"
+    assert str(error).endswith("got 0, then its end; the peer may have refused our certificate, and its log tells why")
+
+
 # --- as an operator sees it -------------------------------------------------------------------------------------------
 
 
@@ -335,6 +363,10 @@ def test_files_that_will_not_do(certificates: Certificates, tmp_path: Path) -> N
             Tls(files, ["host.test"])
         assert words in str(raised.value)
         assert "BEGIN" not in str(raised.value)
+    for wrong in ("b example", "*.test", "", "host..test", "-" * 64):
+        with pytest.raises(PostcopyError, match="--tls-allow: expected a DNS name") as raised:
+            Tls(good, ["host.test", wrong])
+        assert raised.value.code == "usage"
     with pytest.raises(PostcopyError, match="--tls-allow NAME"):
         Tls(good, [])
     with pytest.raises(PostcopyError, match="no --tls-key, --tls-ca"):

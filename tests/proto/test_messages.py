@@ -185,6 +185,11 @@ def refusal(side: str, data: bytes) -> ProtocolError:
     return caught.value
 
 
+def test_errors_print_what_there_is() -> None:
+    said = [str(ProtocolError("c", "x", expected=expected, got=got)) for expected, got in ((1, 2), (1, ""), ("", 2), ("", ""))]
+    assert said == ["x: expected 1, got 2", "x: expected 1", "x: got 2", "x"]
+
+
 def test_every_message_has_its_instance() -> None:
     """The tables above are whole: the types that the decoders know are those listed."""
     for side, table in (("control", CONTROL), ("guest", GUEST)):
