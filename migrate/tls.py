@@ -26,7 +26,7 @@ from migrate.dataplane.tls import TlsContext
 from migrate.errors import ListenRefusedError, PeerNameError, TlsError
 
 FILE_BYTES_MAX = 1 << 20
-DNS_NAME_CHARACTERS_MAX, DNS_NAME = 253, re.compile(r"[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63})*")
+DNS_NAME_CHARACTERS_MAX, DNS_NAME = 253, re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Tls:
             )
         for name in self.allowed:
             if len(name) > DNS_NAME_CHARACTERS_MAX or DNS_NAME.fullmatch(name) is None:
-                expected = "a DNS name: letters, digits, hyphens and dots, no wildcard"
+                expected = "a DNS name: letters, digits, hyphens, underscores and dots, no wildcard"
                 raise ListenRefusedError("--tls-allow", expected=expected, got=repr(name), code="usage")
         self._loaded = _load(self._files)
 
