@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "nothing": (lambda _: b"", "no state of a KVM guest"),
     "garbage": (lambda state: bytes(reversed(state)), "no state of a KVM guest"),
     "the workload's": (lambda _: b"WrsktatS" * 20, "no state of a KVM guest"),
-    "another version": (lambda state: with_version(state, 1), "another version"),
+    "another version": (lambda state: with_version(state, 2), "another version"),
     "truncated": (lambda state: state[:-8], "not all there"),
     "truncated amid a word": (lambda state: state[:-3], "not all there"),
     "header alone": (lambda state: state[:HEADER_BYTES], "not all there"),

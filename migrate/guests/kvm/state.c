@@ -8,7 +8,7 @@
 #include "verify.h"
 
 #define STATE_MAGIC UINT64_C(0x3174617453766d4b) /* "KmvStat1", and the byte order */
-#define STATE_VERSION 2
+#define STATE_VERSION 1
 
 struct state_header {
     uint64_t magic;
@@ -22,12 +22,10 @@ struct state_header {
 struct state_section {
     uint16_t kind;
     uint16_t vcpu;
-    uint32_t length_bytes; /* of what it is the beginning of */
-    uint32_t stored_bytes;
-    uint32_t reserved; /* 0 */
+    uint32_t length_bytes;
 };
 
-_Static_assert(sizeof(struct state_header) == 40 && sizeof(struct state_section) == 16, "no padding");
+_Static_assert(sizeof(struct state_header) == 40 && sizeof(struct state_section) == 8, "no padding");
 _Static_assert(sizeof(struct machine_state) <= MACHINE_STATE_BYTES_MAX * 2, "what a machine keeps of it");
 
 enum {
@@ -74,28 +72,19 @@ struct writer {
     bool full;
 };
 
-static size_t padded(size_t length_bytes)
+static void put(struct writer *writer, uint16_t kind, uint32_t vcpu, const void *content, size_t length_bytes)
 {
-    return (length_bytes + 7) & ~(size_t)7;
-}
-
-static void put(struct writer *writer, uint16_t kind, uint32_t vcpu, const uint8_t *content, size_t length_bytes)
-{
-    size_t kept_bytes = length_bytes; /* most of it is registers nobody uses, 8 KiB of matrix tiles alone: 14 KB take four hops 0.2 ms */
-    while (kept_bytes > 0 && content[kept_bytes - 1] == 0)
-        kept_bytes--;
-    struct state_section section = {
-        .kind = kind, .vcpu = (uint16_t)vcpu, .length_bytes = (uint32_t)length_bytes, .stored_bytes = (uint32_t)padded(kept_bytes),
-    };
-    if (writer->capacity_bytes - writer->size_bytes < sizeof section + section.stored_bytes) {
+    struct state_section section = {.kind = kind, .vcpu = (uint16_t)vcpu, .length_bytes = (uint32_t)length_bytes};
+    size_t padded_bytes = (length_bytes + 7) & ~(size_t)7;
+    if (writer->capacity_bytes - writer->size_bytes < sizeof section + padded_bytes) {
         writer->full = true;
         return;
     }
     uint8_t *at = writer->bytes + writer->size_bytes;
     memcpy(at, &section, sizeof section);
-    memset(at + sizeof section + kept_bytes, 0, section.stored_bytes - kept_bytes);
-    memcpy(at + sizeof section, content, kept_bytes);
-    writer->size_bytes += sizeof section + section.stored_bytes;
+    memset(at + sizeof section + length_bytes, 0, padded_bytes - length_bytes);
+    memcpy(at + sizeof section, content, length_bytes);
+    writer->size_bytes += sizeof section + padded_bytes;
 }
 
 int64_t state_write(const struct machine_state *state, uint8_t *bytes, size_t capacity_bytes)
@@ -106,13 +95,13 @@ int64_t state_write(const struct machine_state *state, uint8_t *bytes, size_t ca
     struct writer writer = {.bytes = bytes, .capacity_bytes = capacity_bytes, .size_bytes = sizeof header};
     if (capacity_bytes < sizeof header)
         return -ENOSPC;
-    put(&writer, SECTION_MACHINE, 0, (const uint8_t *)&state->machine, sizeof state->machine);
-    put(&writer, SECTION_CPUID, 0, (const uint8_t *)&state->cpuid, sizeof state->cpuid);
+    put(&writer, SECTION_MACHINE, 0, &state->machine, sizeof state->machine);
+    put(&writer, SECTION_CPUID, 0, &state->cpuid, sizeof state->cpuid);
     for (uint32_t vcpu = 0; vcpu < state->vcpus; vcpu++)
         for (uint32_t i = 0; i < VCPU_SECTIONS; i++) {
             size_t length_bytes;
             if (section_of(state, i, state->machine.lapic, &length_bytes))
-                put(&writer, vcpu_sections[i].kind, vcpu, (const uint8_t *)&state->vcpu[vcpu] + vcpu_sections[i].offset, length_bytes);
+                put(&writer, vcpu_sections[i].kind, vcpu, (const char *)&state->vcpu[vcpu] + vcpu_sections[i].offset, length_bytes);
         }
     if (writer.full)
         return -ENOSPC;
@@ -140,19 +129,19 @@ static const char *header_wrong(const struct machine_state *wanted, const struct
 }
 
 /* Where a section goes, and its length; NULL for one that this machine has not. */
-static uint8_t *place_of(struct machine_state *state, const struct state_section *section, bool lapic, uint32_t *bit, size_t *length_bytes)
+static void *place_of(struct machine_state *state, const struct state_section *section, bool lapic, uint32_t *bit, size_t *length_bytes)
 {
     if (section->kind == SECTION_MACHINE || section->kind == SECTION_CPUID) {
         *bit = VCPU_SECTIONS + (section->kind == SECTION_CPUID);
         *length_bytes = section->kind == SECTION_CPUID ? sizeof state->cpuid : sizeof state->machine;
         if (section->vcpu != 0)
             return NULL;
-        return section->kind == SECTION_CPUID ? (uint8_t *)&state->cpuid : (uint8_t *)&state->machine;
+        return section->kind == SECTION_CPUID ? (void *)&state->cpuid : &state->machine;
     }
     for (uint32_t i = 0; section->vcpu < state->vcpus && i < VCPU_SECTIONS; i++)
         if (vcpu_sections[i].kind == section->kind && section_of(state, i, lapic, length_bytes)) {
             *bit = i;
-            return (uint8_t *)&state->vcpu[section->vcpu] + vcpu_sections[i].offset;
+            return (char *)&state->vcpu[section->vcpu] + vcpu_sections[i].offset;
         }
     return NULL;
 }
@@ -179,24 +168,18 @@ static const char *sections_read(struct machine_state *state, const uint8_t *byt
     uint32_t seen[MACHINE_VCPUS_MAX] = {0}, wanted = (1u << (VCPU_SECTIONS + 2)) - 1, bit;
     for (size_t at = sizeof(struct state_header); at < size_bytes;) {
         struct state_section section;
-        size_t length_bytes, left_bytes = size_bytes - at;
-        if (left_bytes < sizeof section)
-            return "a part of it has another length";
+        size_t length_bytes, left_bytes = size_bytes - at - sizeof section; /* all is a multiple of 8: a section's head is there */
         memcpy(&section, bytes + at, sizeof section);
-        left_bytes -= sizeof section;
-        uint8_t *place = place_of(state, &section, lapic, &bit, &length_bytes);
+        void *place = place_of(state, &section, lapic, &bit, &length_bytes);
         if (place == NULL)
             return "it has a part that this machine has not";
-        size_t stored_bytes = section.stored_bytes, kept_bytes = stored_bytes < length_bytes ? stored_bytes : length_bytes;
-        if (section.length_bytes != length_bytes || section.reserved != 0 || stored_bytes > padded(length_bytes) || stored_bytes % 8 != 0 ||
-            stored_bytes > left_bytes)
+        if (section.length_bytes != length_bytes || ((length_bytes + 7) & ~(size_t)7) > left_bytes)
             return "a part of it has another length";
         if (seen[section.vcpu] & 1u << bit)
             return "a part of it comes twice";
         seen[section.vcpu] |= 1u << bit;
-        memcpy(place, bytes + at + sizeof section, kept_bytes);
-        memset(place + kept_bytes, 0, length_bytes - kept_bytes);
-        at += sizeof section + stored_bytes;
+        memcpy(place, bytes + at + sizeof section, length_bytes);
+        at += sizeof section + ((length_bytes + 7) & ~(size_t)7);
     }
     for (uint32_t i = 0; i < VCPU_SECTIONS; i++)
         if (vcpu_sections[i].kind == SECTION_LAPIC && lapic == 0)

@@ -1,8 +1,7 @@
 /* A paused machine in bytes, and what it is checked for before KVM sees any of it. Internal to the machine.
  *
  *   header   magic, checksum, version, vCPUs, memory in bytes, size in bytes
- *   sections {kind u16, vcpu u16, length u32, stored u32, 0 u32} and so many stored bytes, a multiple of 8; up to the length the rest is
- *            zeroes. Each kind once (once a vCPU), in any order
+ *   sections {kind u16, vcpu u16, length u32} and that many bytes, padded to 8; each kind once (once a vCPU), in any order
  *
  * Pure: no system call, no KVM; tests/guests/kvm_state_main.c feeds it bytes. */
 #ifndef POSTCOPY_KVM_STATE_H
