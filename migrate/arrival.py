@@ -39,9 +39,10 @@ class Arrival(Migration):
         }
 
     def stale_window_ns(self) -> int | None:
-        """From the guest's resumption to when every held page was known final or stale; None without precopy."""
+        """From the guest's resumption to when every held page was known final or stale; None without precopy, or where an earlier
+        migration of it knows."""
         settled_ns = self.figures().get("settled_ns", 0)
-        return max(0, settled_ns - self._resumed_ns) if settled_ns else None
+        return max(0, settled_ns - self._resumed_ns) if settled_ns and self._resumed_ns else None
 
     def latency(self, kind: FaultKind) -> Histogram:
         return self._plane.latency(kind) if self._plane is not None else self._latency.get(kind, Histogram())

@@ -8,9 +8,11 @@ Ctrl-C reaches this process alone, which then ends its children as always.
 
 import atexit
 import os
+import signal
 import subprocess
 
 WATCH = "read -r _; kill -KILL 0"  # 0: its process group
+END_SECONDS = 5.0
 _watching: "subprocess.Popen[bytes] | None" = None
 _of_pid = 0  # after a fork it is the other process's, and so is the pipe
 
@@ -30,4 +32,8 @@ def _end(watching: "subprocess.Popen[bytes]", of_pid: int) -> None:
     if os.getpid() == of_pid:
         assert watching.stdin is not None
         watching.stdin.close()
-        watching.wait()
+        try:
+            watching.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:  # somebody forked from here holds the pipe too
+            os.killpg(watching.pid, signal.SIGKILL)
+            watching.wait()

@@ -262,7 +262,10 @@ class Daemon:
 
     def resolve(self, guest_id: str, *, here: bool) -> GuestLink:
         """A person decides where a paused guest runs. Raises NotFoundError, NotResolvableError."""
-        guest = self.guests.get(guest_id) or returning.guest_that_lacks(self, guest_id)
+        attached, kept = self.guests.get(guest_id), returning.guest_that_lacks(self, guest_id)
+        guest = attached or kept
+        if attached is not None and kept is not None and attached.state is GuestState.RUNNING:  # another one of that name
+            guest = kept
         if guest is None:
             raise self.no_such_guest(guest_id)
         returning.resolve(self, guest, here=here)
@@ -413,6 +416,8 @@ class Daemon:
             raise ProtocolError("busy", "control connection", expected="a guest that has been taken back", got="not yet")
         await came.answer(AnswerCode.WELCOME)
         control = await came.control()
+        now = self.migrations.get(migration.id)  # another dial may have come between
+        migration = now if isinstance(now, DestinationMigration) else migration
         try:
             await migration.reconnect(control, preamble.epoch)
         except (PostcopyError, ProtocolError, TimeoutError) as error:

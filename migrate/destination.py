@@ -183,6 +183,7 @@ class DestinationMigration(Arrival):
         """Before anything can fail: a failure before the switchover would empty its memory."""
         assert self.guest is not None
         self.advance(Event.TAKEN_BACK)
+        self.guest.discards_wait = True
         self.epoch, self.guest_id, self._precopy = record.epoch, self.guest.guest_id, record.precopy
         self.log = self.log.bind(guest=self.guest_id)
 
@@ -191,6 +192,7 @@ class DestinationMigration(Arrival):
         assert self.guest is not None
         self._control.fail(ConnectionLostError("control connection", expected="to stay", got="a restart of this daemon"))
         plane = await self._restore(self.guest, record)
+        self.guest.take_discards()
         plane.open()
         plane.wake()
         self.start_loop("fault", lambda: plane.fault_loop(-1))
@@ -198,7 +200,7 @@ class DestinationMigration(Arrival):
             self._asked = abandoned(self.guest_id)
             raise self._asked
         restored = plane.figures()["pages_restored"]
-        self.log.warning("migration taken back after a restart", peer=self.peer, pages_here=restored, pages=self.pages_total)
+        self.log.warning("migration taken back", peer=self.peer, pages_here=restored, pages=self.pages_total)
         if self.before_switchover is not None:
             await self.before_switchover()
 
@@ -219,7 +221,9 @@ class DestinationMigration(Arrival):
                     raise
                 self._drop_plane()  # half restored: its counters say nothing
                 self.cannot_take_back(error)
-        if not guest.keep(plane.states_fd):  # or the next life would take what is placed from now on for lacking
+        kept = guest.keep(plane.states_fd)
+        if not kept and guest.hello is not None and guest.hello.role == "arriving":
+            # it has older ones, by which the next life would take what is placed from now on for lacking
             raise PostcopyError(f"guest {self.guest_id}", expected="to keep page states", got="it does not", code="guest-refused")
         self.error = None
         return plane
@@ -513,7 +517,9 @@ class DestinationMigration(Arrival):
         if self._awaits_epoch() and self._again is not None:
             self._again.set_result((control, epoch))
             return
-        if self.state is State.ABANDONED:  # the guest runs here: nothing that would let the source resume its own (P4)
+        if (
+            self.state is State.ABANDONED or self._asked is not None
+        ):  # the guest runs here: the source must not resume its own (P4)
             control.refuse(abandoned(self.guest_id))
         elif self.state is State.COMPLETE:
             await self._say_whole(control)
@@ -523,7 +529,8 @@ class DestinationMigration(Arrival):
             control.send(Aborted(epoch=0, reason=self.error.what if self.error else str(self.state)))
         else:
             got = f"{self.state}: {self.error.what}, {self.error.got}" if self.error else str(self.state)
-            control.refuse(GuestGoneError(f"guest {self.guest_id}", expected="one that can go on", got=got))
+            code = "guest-gone" if self.guest is None or self.guest.gone else "not-recoverable"
+            control.refuse(PostcopyError(f"guest {self.guest_id}", expected="one that can go on", got=got, code=code))
         control.close()
 
     # --- without the source -----------------------------------------------------------------------------------------
@@ -555,7 +562,11 @@ class DestinationMigration(Arrival):
     def _check_abandonable(self) -> None:
         """Its guest waits, for a source that may be dialling this moment. Raises NotAbandonableError."""
         waits = (self.state is State.PAUSED and self._again is not None) or (self.state is State.STALLED and self.told)
-        got = f"{self.state}, its guest gone" if self.guest is not None and self.guest.gone else str(self.state)
+        got = str(self.state)
+        if self.guest is not None and self.guest.gone:
+            got = f"{self.state}, its guest gone"
+        elif self.answers_later:
+            got = f"{self.state}, its guest not taken back yet"
         if self._asked is not None:
             got = "one that is being given up"
         elif self._final.done():

@@ -65,13 +65,14 @@ class NotFoundError(PostcopyError):
 
 
 class NotRecoverableError(PostcopyError):
-    """Only a migration that is paused, its path lost, can be made to dial again."""
+    """Only a migration that is paused, its path lost, or has stalled can be made to dial again."""
 
     code = "not-recoverable"
 
 
 class NotResolvableError(PostcopyError):
-    """Only of a guest that is paused here, and may run elsewhere for all that is known, a person decides."""
+    """Only of a guest that is paused here, its migration paused or stalled, and may run elsewhere for all that is known, a person
+    decides."""
 
     code = "not-resolvable"
 

@@ -46,6 +46,7 @@ _M = TypeVar("_M", bound=Message)
 _N = TypeVar("_N", bound=Message)
 RECEIVE_BYTES = 1 << 16
 DESCRIPTORS_MAX = REGIONS_MAX + 2  # the memory files, the userfaultfd, the page states
+DISCARDS_HELD_MAX = 64
 UNSENT_BYTES_MAX = 1 << 20  # to a guest that does not read; a message with a state is less
 
 
@@ -100,6 +101,9 @@ class GuestLink:
         self.on_stepped: Callable[[int], None] | None = None
         self.on_failed: Callable[[PostcopyError], None] | None = None
         self.on_discard: Callable[[PageRange], None] | None = None
+        self.discards_wait = False
+        """It is being taken back: what it discards meanwhile holds, and is answered, once that is over (``take_discards``)."""
+        self._held_discards: list[Discard] = []
         credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
         self.pid, _, _ = struct.unpack("3i", credentials)
         self._loop.add_reader(sock, self._readable)
@@ -312,18 +316,28 @@ class GuestLink:
             raise ProtocolError("message-unexpected", "message of a guest", expected=expected, got=type(message).__name__)
 
     def _discard(self, message: Discard) -> None:
-        """Answered when it holds. A guest whose migration has stalled gets no answer: nobody can say where its pages are."""
+        """Answered when it holds. A guest whose migration has stalled gets no answer before that goes on: nobody can say where
+        its pages are."""
         for one in message.ranges:
             region = self.regions[one.region] if one.region < len(self.regions) else None
             if region is None or one.page_index + one.page_count > region.size_bytes // region.page_bytes:
                 raise ProtocolError("message-invalid", "discard.ranges", expected="pages of its regions", got=one.model_dump())
-        if self.state in (GuestState.LOST, GuestState.UNDECIDED):
+        if self.discards_wait or self.state in (GuestState.LOST, GuestState.UNDECIDED):
+            if len(self._held_discards) < DISCARDS_HELD_MAX:  # who waits for each answer, as it should, has one
+                self._held_discards.append(message)
             return
         if self.state is GuestState.WAITING:
             raise ProtocolError("message-unexpected", "discard", expected="none of a guest that waits", got="one")
         for one in message.ranges:
             (self.on_discard or self.punch)(one)
         self.send(Discarded())
+
+    def take_discards(self) -> None:
+        """Its migration goes on. Raises what ``on_discard`` raises."""
+        self.discards_wait = False
+        held, self._held_discards = self._held_discards, []
+        for message in held:
+            self._discard(message)
 
     def punch(self, pages: PageRange) -> None:
         """Zero they are then, whoever brought them. Raises DataPlaneError."""

@@ -200,7 +200,9 @@ def go_on_at_destination(daemon: "Daemon", stalled: DestinationMigration) -> Des
     """Its source has dialled again."""
     guest, record = stalled.leave()
     log.info("stalled migration is taken up again", guest=stalled.guest_id, migration=stalled.id)
-    return daemon.take_back_destination(guest, record)
+    again = daemon.take_back_destination(guest, record)
+    again.downtime_ns, again.downtime_uncertainty_ns = stalled.downtime_ns, stalled.downtime_uncertainty_ns
+    return again
 
 
 def run_on(daemon: "Daemon", link: GuestLink, record: Record | None) -> None:

@@ -19,6 +19,7 @@ from migrate.control import ControlConnection
 from migrate.dataplane import PEER_FAULTS, LoopResult, SourcePlane
 from migrate.departure import Departure
 from migrate.errors import (
+    AbandonedError,
     AbortedError,
     ConnectionLostError,
     DaemonEndingError,
@@ -150,7 +151,7 @@ class SourceMigration(Departure):
             return
         if self.before_switchover is not None:
             await self.before_switchover()
-        self.log.warning("migration taken back after a restart, dialling its destination", peer=self.peer, epoch=self.epoch)
+        self.log.warning("migration taken back, dialling its destination", peer=self.peer, epoch=self.epoch)
 
     def taken_back(self, record: Record) -> None:
         """Before anything can fail: a failure before the switchover would resume the guest."""
@@ -443,6 +444,7 @@ class SourceMigration(Departure):
         if answer.epoch != self.epoch:
             raise ProtocolError("epoch-stale", "recovered epoch", expected=self.epoch, got=answer.epoch)
         self._ran_there, self._runs_here = True, None
+        self._record_that_it_ran()
         self._plane.next_epoch(settled=answer.settled)
         self._plane.open()  # it runs there: what is here is final
         self._connections = DataConnections(self.streams)
@@ -499,6 +501,8 @@ class SourceMigration(Departure):
     def _complete_with(self, error: PostcopyError) -> None:
         self.advance(Event.COMPLETE)
         self.error = error_facts(error)
+        with contextlib.suppress(OSError):
+            self.keep_record(verdict="complete")  # for a guest that comes back
         self._let_go_of_guest()
         self.log.warning("migration ended by a person's word: the guest runs there", peer=self.peer)
 
@@ -527,7 +531,7 @@ class SourceMigration(Departure):
 
     @property
     def lacks_guest(self) -> bool:
-        return self._without_guest and self.guest.gone and not self.ended
+        return self.guest.gone and (self._without_guest or self.state in AFTER_SWITCHOVER) and not self.ended
 
     @property
     def holds_memory_alone(self) -> bool:
@@ -536,7 +540,10 @@ class SourceMigration(Departure):
 
     def guest_returns(self, link: GuestLink) -> None:
         """Its process has outlived the daemon too. Its files are those that are read already."""
-        self._stand_ins.append(self.guest)
+        if self._plane is None:  # it has stalled: nobody reads these files
+            self.guest.release()
+        else:
+            self._stand_ins.append(self.guest)
         self.guest = link
         link.state = GuestState.LEAVING
         link.on_failed, link.on_discard = self._guest_failed, self._discarded
@@ -609,6 +616,9 @@ class SourceMigration(Departure):
         return PostcopyError(f"cancelled: {reason}", code="cancelled")
 
     def _failed(self, error: Exception) -> None:
+        if isinstance(error, PeerRefusedError) and error.code == AbandonedError.code:  # it has run there, whatever was lost
+            self._ran_there = True
+            self._record_that_it_ran()
         undecided = self.state in (State.SWITCHOVER, State.PAUSED) and not self._ran_there
         aborted = isinstance(error, AbortedError) and undecided
         if self.state in AFTER_SWITCHOVER and not aborted:
@@ -616,7 +626,8 @@ class SourceMigration(Departure):
             if self._control is not None and not isinstance(error, PeerRefusedError | DaemonEndingError):
                 self._control.refuse(error)
             what = "migration stalled: the guest stays paused here, its pages kept"
-            hint = f"once the reason is gone: postcopy recover {self.id[:8]}; if that cannot be: postcopy resolve {self.guest_id}"
+            decide = f"postcopy resolve {self.guest_id} {'--there' if self._ran_there else '--here or --there'}"
+            hint = f"once the reason is gone: postcopy recover {self.id[:8]}; if that cannot be: {decide}"
             self.log.error(what, reason=str(error), peer=self.peer, hint=hint)
             return
         if self._control is not None and not isinstance(error, PeerRefusedError):

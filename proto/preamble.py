@@ -44,7 +44,7 @@ class AnswerCode(IntEnum):
 
 _REMEDIES = {
     AnswerCode.MIGRATION_UNKNOWN: "; it has no such migration, or that has ended: its log tells, or this is another daemon",
-    AnswerCode.EPOCH_STALE: "; it has this migration already: is it the very daemon that the guest is to leave?",
+    AnswerCode.EPOCH_STALE: "; it has seen this epoch or a later one: first of all, is it the daemon that the guest leaves?",
     AnswerCode.TLS_REQUIRED: "; it speaks TLS only: start this daemon with --tls-dir too",
     AnswerCode.NAME_NOT_ALLOWED: "; it lets other names in: add --tls-allow with a DNS name of our certificate there",
 }

@@ -65,7 +65,7 @@ def test_nobody_listens(commuter: Commuter) -> None:
     [
         (Answer(AnswerCode.VERSION_UNSUPPORTED, 2, 1).encode(), "version-unsupported", "peer speaks 2.1, this side 1.0"),
         (Answer(AnswerCode.BUSY).encode(), "busy", "busy"),
-        (Answer(AnswerCode.EPOCH_STALE).encode(), "epoch-stale", "is it the very daemon that the guest is to leave?"),
+        (Answer(AnswerCode.EPOCH_STALE).encode(), "epoch-stale", "is it the daemon that the guest leaves?"),
         (b"HTTP/1.1 400 Bad Request\r\n", "magic-wrong", "HTTP/1.1"),
         (MAGIC + struct.pack("<HHHH", 1, 0, 99, 0), "preamble-invalid", "99"),
         (MAGIC, "connection-lost", "8"),

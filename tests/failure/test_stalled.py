@@ -13,10 +13,25 @@ import pytest
 
 from migrate.errors import PostcopyError
 from migrate.pair import DaemonProcess, Pair, wait_settled
-from proto.messages import Aborted, GuestReleased, Prepared, Refused, Resume, Running
+from proto.messages import (
+    Aborted,
+    Discard,
+    Discarded,
+    GuestReleased,
+    PageRange,
+    Prepared,
+    Recover,
+    Recovered,
+    Refused,
+    Resume,
+    Running,
+    Switchover,
+    control_decoder,
+)
+from proto.preamble import AnswerCode, ConnectionKind
 
 from ..path.commuter import Commuter, until
-from .fakes import FakeDestination, FakeGuest
+from .fakes import Connection, FakeDestination, FakeGuest, FakeSource
 from .killing import slain
 from .lossy_link import CutMove
 from .returning_fakes import Leaving
@@ -171,6 +186,53 @@ def test_one_that_ran_there_is_let_go_of_and_never_resumed(pair: Pair) -> None:
         client.resolve("ran", here=False)
         guest.connection.receive(GuestReleased)
         assert wait_settled(client, migration_id).state == "complete"
+
+
+def test_one_that_was_abandoned_there_is_never_resumed(pair: Pair) -> None:
+    """`running` had not come: but who has been given up there has run there."""
+    with FakeGuest("given-up", "running") as guest:
+        with FakeDestination() as fake, pair.source.client() as client:
+            leaving = Leaving(pair, guest, fake)
+            fake.control.send(Prepared())
+            guest.pauses()
+            fake.control.receive(Switchover)
+            fake.control.close()
+            leaving.dialled().send(Refused(code="abandoned", what="guest there", expected="its missing pages", got="given up"))
+            assert wait_settled(client, leaving.id).state == "stalled"
+            with pytest.raises(PostcopyError, match="its destination says it runs"):
+                client.resolve("given-up", here=True)
+            daemon = slain(pair, pair.source)
+            leaving.guest_returns()
+        with daemon.client() as client:
+            with pytest.raises(PostcopyError, match="its destination says it runs"):
+                client.resolve("given-up", here=True)
+            assert guest.told_nothing()
+            client.resolve("given-up", here=False)
+            assert wait_settled(client, leaving.id).state == "complete"
+
+
+def test_what_was_discarded_meanwhile_reads_zero_and_is_answered(pair: Pair) -> None:
+    """And a guest that keeps no page states goes on all the same, within one life of its daemon."""
+    with FakeGuest("discards", "waiting") as guest, FakeSource(pair.destination.address, guest_id="discards") as source:
+        guest.attach(pair.destination.runtime_dir / "guests.sock")
+        source.switch_over(guest)
+        assert guest.connection.receive(Resume).state == b"a state"
+        guest.connection.send(Running(epoch=0))
+        source.control.receive(Running)
+        source.control.send(Refused(code="memory-failed", what="stream loop", expected="to run on", got="ENODATA"))
+        with pair.destination.client() as client:
+            migration_id = source.migration_id.hex()
+            assert wait_settled(client, migration_id).state == "stalled"
+            guest.connection.send(Discard(ranges=[PageRange(region=0, page_index=7, page_count=2)]))
+            assert guest.told_nothing()
+            sock, answer = source.dial(ConnectionKind.CONTROL, token=source.token, epoch=1)
+            assert answer.code is AnswerCode.WELCOME
+            control = Connection(sock, control_decoder())
+            control.send(Recover(epoch=1))
+            assert control.receive(Recovered).epoch == 1
+            guest.connection.receive(Discarded)
+            status = client.status(migration_id)
+            assert (status.state, status.pages["discarded"]) == ("paused", 2)
 
 
 def test_memory_whose_process_has_ended_is_let_go_of(pair: Pair) -> None:
