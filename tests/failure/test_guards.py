@@ -21,7 +21,7 @@ from .mutants import NONE, Mutation, build_c, python_tree
 
 pytestmark = pytest.mark.requires("uffd")
 SCENARIO_DEADLINE_SECONDS = 50
-BROKEN_RUNS_MAX = 10
+BROKEN_RUNS_MAX = 100
 PRECOPY_MOVES = ("100", "8")  # seed and number
 DESTINATION_C = "migrate/dataplane/destination.c"
 PLACED = "    int error_number = place_pages(region, first, page_count, bytes, path);\n"
