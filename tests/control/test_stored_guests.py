@@ -204,6 +204,7 @@ def test_record_of_an_earlier_version(tmp_path: Path, manager: ServiceManager) -
     """It says nothing of regions: the memory is held for its guest, which goes on."""
     with FakeGuest("web", "running") as guest, FakeDestination() as fake:
         left = Left(tmp_path, manager, guest, fake)
+        left.dialled()  # or the connection would be taken for the next life's
         left.daemon.kill()
         path = next((tmp_path / "runtime" / "migrations").glob("*.json"))
         written = {name: value for name, value in json.loads(path.read_text()).items() if name != "regions"}
